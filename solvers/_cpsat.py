@@ -14,12 +14,17 @@ from typing import Any
 import numpy as np
 
 from ._patterns import Chosen, PatternAnswer, PatternForm, capacity_rows, fastest_patterns, least_above_zero, least_time
+from ._program import Program, ProgramAnswer
 
 ROUNDING_GAP, SEARCH_GAP = 0.25, 0.5
 """The shares of the relative gap that rounding the times and the search may use."""
 
 FINEST = 2.0**-52
 """The finest step, as a share of the longest plan: what a double resolves, and small enough for CP-SAT's whole numbers."""
+
+
+LEAST_STEP, LARGEST_STEPS = 2.0**-44, 2**50
+"""The finest step of a program's times, as a share of their scale, and the longest time in steps."""
 
 
 def solve_patterns(
@@ -108,3 +113,55 @@ def _import_cp_model() -> Any:
             f"OR-Tools cannot be loaded ({error}); highspy 1.15 or newer in the same process is a known cause: install 'highspy<1.15'"
         ) from error
     return cp_model
+
+
+def solve_program(
+    program: Program, *, relative_gap: float, scale: float, time_limit: float | None, threads: int, seed: int
+) -> ProgramAnswer:
+    """CP-SAT's answer to a program whose continuous variables are all times of about ``scale`` (the cost is of that order).
+
+    Continuous variables are counted in steps so fine that rounding takes a quarter of ``relative_gap`` x ``scale`` at most. A row
+    with one is rounded so that it can only become weaker (every variable is at least 0), so the bound holds; other rows must have
+    whole numbers.
+    """
+    cp_model = _import_cp_model()
+    units = 1.0 + float(program.upper[program.whole & np.isfinite(program.upper)].sum())
+    step = max(ROUNDING_GAP * relative_gap / units, LEAST_STEP) * scale
+    model = cp_model.CpModel()
+    upper = [
+        LARGEST_STEPS if math.isinf(limit) else int(limit if whole else limit / step)
+        for limit, whole in zip(program.upper, program.whole, strict=True)
+    ]
+    x = [model.new_int_var(0, limit, "") for limit in upper]
+    for rows, room, equal in ((program.rows, program.room, False), (program.equal, program.total, True)):
+        for row, limit in zip(rows, room, strict=True):
+            timed = bool(np.any(row[~program.whole]))
+            if timed and equal:
+                raise AssertionError("an equation of times cannot be rounded; this is a defect of memsplit, please report it")
+            if timed:
+                numbers = np.where(program.whole, np.floor(row / step), row)
+                if np.any(numbers[~program.whole] != np.round(numbers[~program.whole])):
+                    raise AssertionError("times need whole coefficients; this is a defect of memsplit, please report it")
+                model.add(cp_model.LinearExpr.weighted_sum(x, numbers.astype(np.int64)) <= math.ceil(limit / step))
+                continue
+            expression = cp_model.LinearExpr.weighted_sum(x, row.astype(np.int64))
+            model.add(expression == round(limit) if equal else expression <= math.floor(limit))
+    # The cost in steps: whole variables cost their own seconds, rounded down.
+    cost = np.where(program.whole, np.floor(program.cost / step), program.cost)
+    model.minimize(cp_model.LinearExpr.weighted_sum(x, cost.astype(np.int64)))
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = threads
+    solver.parameters.random_seed = seed % 2**31
+    solver.parameters.relative_gap_limit = SEARCH_GAP * relative_gap
+    solver.parameters.catch_sigint_signal = False
+    if time_limit is not None:
+        solver.parameters.max_time_in_seconds = time_limit
+    status = _solve(solver, model)
+    if status == cp_model.MODEL_INVALID:
+        raise AssertionError(f"CP-SAT calls its model invalid: {model.validate()}; this is a defect of memsplit, please report it")
+    if status == cp_model.INFEASIBLE:
+        return ProgramAnswer(infeasible=True)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return ProgramAnswer()
+    values = np.array([solver.value(variable) for variable in x], dtype=np.float64)
+    return ProgramAnswer(values=np.where(program.whole, values, values * step), bound=solver.best_objective_bound * step)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ._patterns import CapacityRow, Chosen, PatternAnswer, PatternForm, capacity_rows, fastest_patterns, least_above_zero, least_time
+from ._program import Program, ProgramAnswer, relaxation
 
 LEAST_OBJECTIVE = 1e4
 """Times are scaled so that no plan takes less than this, if it takes any: CBC prints its bound with three decimals."""
@@ -239,3 +240,49 @@ def _proven(log: str, search_gap: float) -> float:
         return float(printed[1]) - BOUND_SLACK
     completed = re.search(r"^Result - Optimal solution found\n+Objective value: +(\S+)$", log, re.MULTILINE)
     return float(completed[1]) * (1 - search_gap) - BOUND_SLACK if completed else -math.inf
+
+
+def solve_program(program: Program, *, relative_gap: float, time_limit: float | None, seed: int = 0) -> ProgramAnswer:
+    """CBC's answer to a program, proven within ``relative_gap`` unless ``time_limit`` [s of wall time] came first.
+
+    The relaxation is asked of HiGHS first: CBC crashes on infeasible ones with the settings it is run with here.
+    """
+    from pulp import LpAffineExpression, LpContinuous, LpInteger, LpProblem
+
+    relaxed = relaxation(program)
+    if relaxed.infeasible:
+        return ProgramAnswer(infeasible=True)
+    problem = LpProblem("program")
+    x = [
+        problem.add_variable(f"x{j}", 0, None if math.isinf(limit) else limit, LpInteger if whole else LpContinuous)
+        for j, (limit, whole) in enumerate(zip(program.upper.tolist(), program.whole.tolist(), strict=True))
+    ]
+    scale = LEAST_OBJECTIVE / relaxed.bound if relaxed.bound is not None and relaxed.bound > 0 else 1.0
+    problem.setObjective(LpAffineExpression(list(zip(x, (program.cost * scale).tolist(), strict=True))))
+    for rows, room, equal in ((program.rows, program.room, False), (program.equal, program.total, True)):
+        for row, limit in zip(rows, room.tolist(), strict=True):
+            expression = LpAffineExpression([(x[j], float(row[j])) for j in np.flatnonzero(row)])
+            problem += (expression == limit) if equal else (expression <= limit)
+    with tempfile.TemporaryDirectory(prefix="memsplit-cbc-") as name:
+        folder = Path(name)
+        problem.writeMPS(str(folder / "model.mps"))
+        cbc_seed = 1 + seed % (2**31 - 2)
+        command = [_cbc_path(), "model.mps", *SOUND, "-ratioGap", repr(SEARCH_GAP * relative_gap)]
+        command += ["-randomSeed", str(cbc_seed), "-randomCbcSeed", str(cbc_seed)]
+        if time_limit is not None:
+            command += ["-seconds", repr(time_limit), "-timeMode", "elapsed"]
+        log = _log_of([*command, "-solve", "-solution", "answer.sol"], folder, math.inf if time_limit is None else time_limit + PATIENCE)
+        answer = folder / "answer.sol"
+        status, *lines = answer.read_text().splitlines() if log and answer.exists() else [""]
+    if status.startswith(("Infeasible", "Integer infeasible")):
+        return ProgramAnswer(infeasible=True)
+    searched = -math.inf if log is None else _proven(log, SEARCH_GAP * relative_gap) / scale
+    proven = max(-math.inf if relaxed.bound is None else relaxed.bound, searched)
+    if not lines or "objective value" not in status or "no integer solution" in status.lower():
+        return ProgramAnswer(bound=None if math.isinf(proven) else proven)
+    values = np.zeros(program.size)
+    for line in lines:
+        _, column, value, _ = line.replace("**", "").split()
+        if column.startswith("x"):
+            values[int(column[1:])] = float(value)
+    return ProgramAnswer(values=np.where(program.whole, np.round(values), values), bound=None if math.isinf(proven) else proven)

@@ -1,0 +1,219 @@
+"""What offloading moves and computes: bytes and seconds of one decoder layer on a GPU whose weights or state live on the host.
+
+A token's state in a layer is its keys and values (KV), or the layer's input (ACT) from which a GPU recomputes them. Symbols, all of a
+whole layer and step, in seconds: t_kv transfer of the KV of all tokens, t_x of their ACT, t_rec recomputation, t_w transfer of the
+weights, t_c decode on the GPU. Every formula of ``overlap`` is one of these five, which give the ratios
+
+    r = t_x / t_kv     rho = t_rec / t_kv     w = t_w / t_kv     c = t_c / t_kv
+
+(HybridServe, arXiv 2501.01792; KVPR, arXiv 2411.17089; the common form is derived here).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .hardware import System
+from .offload_profiles import DATASHEET, OffloadProfile
+from .roofline import Array
+from .units import GB
+from .workload import Workload, kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadMachine:
+    """A GPU, its host and the link between them at the rates that a profile says are reached.
+
+    ``peak`` [FLOP/s]; ``gpu_bandwidth``, ``host_bandwidth``, ``to_device``, ``to_host`` [B/s]; ``cpu_peak`` [FLOP/s] of the units on
+    the host tier, None if there are none; capacities [B], the GPU's as an engine may use it.
+    """
+
+    gpu: str
+    host: str
+    peak: float
+    gpu_bandwidth: float
+    host_bandwidth: float
+    to_device: float
+    to_host: float
+    cpu_peak: float | None
+    gpu_capacity: float
+    host_capacity: float
+
+    @classmethod
+    def build(cls, system: System, profile: OffloadProfile = DATASHEET) -> OffloadMachine:
+        """The first tier is the GPU's memory, the second the host's; ValueError if a unit or a link is missing."""
+        if len(system.tiers) < 2:
+            raise ValueError(f"system {system.name!r} has one tier; offloading needs a GPU's memory and a host's, in this order")
+        gpu, host = system.tiers[:2]
+        units = [unit for unit in system.units if unit.tier == gpu.name]
+        if not units:
+            raise ValueError(f"system {system.name!r}: tier {gpu.name!r} has no compute unit; add the GPU to the data sheet")
+        rates = {}
+        for field, source, target, share in (
+            ("to_device", host, gpu, profile.to_device),
+            ("to_host", gpu, host, profile.to_host),
+        ):
+            link = next((one for one in system.links if (one.source, one.target) == (source.name, target.name)), None)
+            if link is None:
+                raise ValueError(f"system {system.name!r} has no link {source.name!r} -> {target.name!r}; add it to the data sheet")
+            rates[field] = min(link.bandwidth * link.efficiency * share, source.bandwidth, target.bandwidth)
+        cpus = [unit.vector_peak for unit in system.units if unit.tier == host.name]
+        return cls(
+            gpu=gpu.name,
+            host=host.name,
+            peak=sum(unit.matrix_peak for unit in units) * profile.compute,
+            gpu_bandwidth=gpu.bandwidth * profile.memory,
+            host_bandwidth=host.bandwidth * profile.host_memory,
+            cpu_peak=sum(cpus) if cpus else None,
+            gpu_capacity=max(gpu.capacity * profile.usable - profile.reserved, 0.0),
+            host_capacity=host.capacity,
+            **rates,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadLayer:
+    """``layers`` equal decoder layers: bytes and FLOPs of one of them in one decode step of ``batch`` requests.
+
+    ``weight_bytes`` are held, ``read_bytes`` are those a step reads (below it for experts that no token chose);
+    ``projection_bytes`` those of the key and value projections. ``kv_bytes``, ``act_bytes``, ``recompute_flops`` and
+    ``attention_flops`` are for one token of state; ``linear_flops`` for the batch.
+
+        kv = 2 n_kv d p_kv     act = h p_x     recompute = 4 h n_kv d FLOP     (MLA: latent and rotary key in place of 2 n_kv d)
+    """
+
+    layers: int
+    batch: int
+    weight_bytes: float
+    read_bytes: float
+    projection_bytes: float
+    linear_flops: float
+    kv_bytes: float
+    act_bytes: float
+    recompute_flops: float
+    attention_flops: float
+
+    def kv_time(self, machine: OffloadMachine, tokens: ArrayLike) -> Array:
+        """Seconds to send the keys and values of ``tokens`` to the GPU."""
+        return np.asarray(tokens, dtype=np.float64) * (self.kv_bytes / machine.to_device)
+
+    def act_time(self, machine: OffloadMachine, tokens: ArrayLike) -> Array:
+        """Seconds to send the activations of ``tokens`` to the GPU."""
+        return np.asarray(tokens, dtype=np.float64) * (self.act_bytes / machine.to_device)
+
+    def recompute_time(self, machine: OffloadMachine, tokens: ArrayLike) -> Array:
+        """Seconds to recompute the keys and values of ``tokens`` from their activations."""
+        return np.asarray(tokens, dtype=np.float64) * (self.recompute_flops / machine.peak)
+
+    def weight_time(self, machine: OffloadMachine) -> float:
+        """Seconds to send the weights that a step reads to the GPU."""
+        return self.read_bytes / machine.to_device
+
+    def projection_time(self, machine: OffloadMachine) -> float:
+        """Seconds to send the key and value projections, which recomputation waits for."""
+        return self.projection_bytes / machine.to_device
+
+    def compute_time(self, machine: OffloadMachine, tokens: ArrayLike) -> Array:
+        """Seconds of the layer's decode step on the GPU, ``tokens`` of state read from its memory.
+
+        max((weights + KV) / memory bandwidth, (linear + attention FLOPs) / peak)
+        """
+        tokens = np.asarray(tokens, dtype=np.float64)
+        memory = (self.read_bytes + tokens * self.kv_bytes) / machine.gpu_bandwidth
+        return np.maximum(memory, (self.linear_flops + tokens * self.attention_flops) / machine.peak)
+
+
+def offload_layers(workload: Workload) -> tuple[OffloadLayer, ...]:
+    """The layers of one decode step of a workload, equal ones together; what ``context`` is does not matter here."""
+    if workload.phase != "decode":
+        raise ValueError(f"offloading is planned for a decode step, not for {workload.phase!r}; set phase='decode'")
+    llm = workload.llm
+    listed = []
+    for layers, found in kernels(workload):
+        products = [kernel for kernel in found if kernel.weight_bytes]
+        listed.append(
+            OffloadLayer(
+                layers=layers,
+                batch=workload.batch,
+                weight_bytes=sum(kernel.weight_bytes for kernel in products),
+                read_bytes=sum(kernel.weight_bytes * kernel.touched for kernel in products),
+                projection_bytes=llm.hidden_size * llm.state_elements * workload.weight_bits / 8,
+                linear_flops=sum(kernel.flops for kernel in products),
+                kv_bytes=llm.state_elements * workload.kv_bits / 8,
+                act_bytes=llm.hidden_size * workload.activation_bits / 8,
+                recompute_flops=2.0 * llm.hidden_size * llm.state_elements,
+                attention_flops=float(llm.attention_flops),
+            )
+        )
+    return tuple(listed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadRatios:
+    """r, rho, w and c of the module's docstring: what decides whether recomputing pays. ``act_pays``: r < 1."""
+
+    r: float
+    rho: float
+    w: float
+    c: float
+
+    @property
+    def act_pays(self) -> bool:
+        """Whether activations are smaller than keys and values: without that, caching them never helps."""
+        return self.r < 1
+
+
+def offload_ratios(layer: OffloadLayer, machine: OffloadMachine, tokens: float) -> OffloadRatios:
+    """The ratios of a layer with ``tokens`` of state, all on the host; ValueError for none."""
+    if not tokens > 0:
+        raise ValueError(f"ratios are for a state of at least one token, not {tokens!r}; set context and batch above 0")
+    kv = float(layer.kv_time(machine, tokens))
+    return OffloadRatios(
+        r=layer.act_bytes / layer.kv_bytes,
+        rho=float(layer.recompute_time(machine, tokens)) / kv,
+        w=layer.weight_time(machine) / kv,
+        c=float(layer.compute_time(machine, tokens)) / kv,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadCost:
+    """What an offloading plan costs.
+
+    ``latency`` [s] as the problem defines it; ``link_time`` and ``gpu_time`` [s] the busy time of link and GPU in it; for each tier the
+    bytes held, the capacity and the overflow (0: it fits); ``to_device_bytes`` over the link; ``energy`` [J] of memory accesses, None if
+    unknown.
+    """
+
+    latency: float
+    link_time: float
+    gpu_time: float
+    tier_names: tuple[str, ...]
+    tier_bytes: tuple[float, ...]
+    capacity: tuple[float, ...]
+    to_device_bytes: float
+    energy: float | None = None
+
+    @property
+    def overflow(self) -> tuple[float, ...]:
+        """Bytes of each tier beyond its capacity; a thousandth of a byte is forgiven."""
+        return tuple(
+            max(held - room, 0.0) if held - room > 1e-3 else 0.0 for held, room in zip(self.tier_bytes, self.capacity, strict=True)
+        )
+
+    @property
+    def fits(self) -> bool:
+        """No tier holds more than its capacity."""
+        return not any(self.overflow)
+
+    def explain_overflow(self) -> str:
+        """Which tier holds how much too much; empty if the plan fits."""
+        tiers = zip(self.tier_names, self.tier_bytes, self.capacity, self.overflow, strict=True)
+        return ", ".join(
+            f"{name} holds {held / GB:.6g} GB of {room / GB:.6g} GB: {over / GB:.3g} GB too much"
+            for name, held, room, over in tiers
+            if over
+        )

@@ -1,0 +1,76 @@
+"""A mixed-integer linear program as arrays: what offloading solvers hand to HiGHS (relaxation), CBC (``_pulp``) and CP-SAT (``_cpsat``).
+
+    min  cost x   subject to   rows x <= room,  equal x = total,   0 <= x <= upper,   x_j whole where ``whole[j]``
+
+Whoever builds one scales times and sizes to about 1; continuous variables are times.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..models.roofline import Array
+
+NONE = np.zeros((0, 0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Program:
+    """See the module's docstring: ``cost``, ``upper`` [n] (inf: no limit), ``whole`` [n] bool, ``rows`` [m, n], ``room`` [m],
+    ``equal`` [e, n], ``total`` [e]."""
+
+    cost: Array
+    upper: Array
+    whole: NDArray[np.bool_]
+    rows: Array
+    room: Array
+    equal: Array = field(default_factory=lambda: NONE)
+    total: Array = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def size(self) -> int:
+        """Number of variables."""
+        return len(self.cost)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramAnswer:
+    """``values`` [n] (None: none found; whole variables are whole), a proven lower ``bound`` of the cost (None: none), and whether it is
+    proven ``infeasible``. Rows hold only within a solver's tolerance: whoever asked prices and checks the plan itself."""
+
+    values: Array | None = None
+    bound: float | None = None
+    infeasible: bool = False
+
+
+def relaxation(program: Program) -> ProgramAnswer:
+    """The linear relaxation by SciPy's HiGHS. ``bound`` is the dual objective, made valid for the exact data by weak duality, so that
+    no tolerance of the solver can push it above the optimum."""
+    from scipy.optimize import linprog
+
+    arguments: dict[str, Any] = {"A_ub": program.rows, "b_ub": program.room} if len(program.room) else {}
+    if len(program.total):
+        arguments |= {"A_eq": program.equal, "b_eq": program.total}
+    bounds = [(0.0, None if math.isinf(upper) else float(upper)) for upper in program.upper]
+    answer = linprog(program.cost, bounds=bounds, method="highs", **arguments)
+    if answer.status == 2:
+        return ProgramAnswer(infeasible=True)
+    if answer.status != 0:
+        return ProgramAnswer()
+    row_price = np.minimum(answer.ineqlin.marginals, 0.0) if len(program.room) else np.zeros(0)
+    equal_price = np.asarray(answer.eqlin.marginals) if len(program.total) else np.zeros(0)
+    reduced = program.cost.copy()
+    dual = 0.0
+    if len(program.room):
+        reduced, dual = reduced - row_price @ program.rows, dual + float(row_price @ program.room)
+    if len(program.total):
+        reduced, dual = reduced - equal_price @ program.equal, dual + float(equal_price @ program.total)
+    # A reduced cost that is slightly negative on an unbounded variable is rounding: it is charged at the variable's value.
+    reach = np.where(np.isfinite(program.upper), program.upper, np.maximum(answer.x, 0.0) * 2 + 1)
+    dual += float(np.minimum(reduced, 0.0) @ reach)
+    return ProgramAnswer(values=np.asarray(answer.x, dtype=np.float64), bound=dual)
