@@ -1,0 +1,177 @@
+"""Serving systems that offload, as rules with fixed decisions: what an exact plan is compared with.
+
+Each is one frozen value with its own calibration record (``profile``), which is shown beside its results. All hold weights on the host and
+stream them, unless said. Times are those of one layer and one decode step at arrays of contexts; a generation is the sum of its steps
+and one prefill. Symbols as in ``offload``: t_w, t_kv, t_x, t_rec, t_c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from .checks import check_name
+from .hardware import System
+from .offload import OffloadLayer, OffloadMachine, offload_layers
+from .offload_profiles import DATASHEET, OffloadProfile
+from .roofline import Array
+from .workload import Workload
+
+Rule = Literal["in_turn", "resident_state", "keys_values", "activations", "token_ids", "cpu_attention"]
+
+GROUP_QUANTISED_BITS = 4.5
+"""Bits of a key or value in groups of 64 with a 16-bit scale and zero point each: 4 + 2 x 16 / 64 (FlexGen, arXiv 2303.06865)."""
+
+WORKING_LAYERS = 2
+"""Layers of weights in GPU memory while weights stream: the one in use and the one that arrives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadBaseline:
+    """A system with a fixed rule.
+
+    ``rule``, with the time of a layer:
+
+    - "in_turn": weights, keys and values, then compute, nothing overlapped: t_w + t_kv + t_c (Hugging Face Accelerate's hooks);
+    - "resident_state": keys and values stay in GPU memory, so that as many requests run at once as fit, one group after the other:
+      groups x max(t_w, t_c) (DeepSpeed-Inference with weights on the host);
+    - "keys_values": max(t_w + t_kv, t_c), with as many keys and values in spare GPU memory as fit (FlexGen; ideal overlap);
+    - "activations": max(t_w + t_x, t_c + t_rec), with as many activations in spare GPU memory as fit;
+    - "token_ids": every step is a prefill of all tokens, nothing is kept: max(t_w, t_forward);
+    - "cpu_attention": the CPU attends to the keys and values on the host, between the GPU's products:
+      max(t_w, t_c without state + KV bytes / host bandwidth).
+
+    ``kv_bits``: bits of a key or value in place of the workload's. ``note``: what a reader of its results must know.
+    """
+
+    name: str
+    rule: Rule
+    profile: OffloadProfile = DATASHEET
+    kv_bits: float | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        check_name("baseline", self.name)
+
+    def layer_time(self, layer: OffloadLayer, machine: OffloadMachine, contexts: Array, cache: float) -> Array:
+        """Seconds of one layer in a decode step at each of ``contexts`` [tokens]; ``cache`` [B of GPU memory] holds state of this layer."""
+        tokens = layer.batch * contexts
+        weights, compute = layer.weight_time(machine), layer.compute_time(machine, tokens)
+        match self.rule:
+            case "in_turn":
+                return weights + layer.kv_time(machine, tokens) + compute
+            case "resident_state":
+                fitting = np.floor(cache / (layer.kv_bytes * np.maximum(contexts, 1)))
+                groups = np.ceil(layer.batch / np.maximum(fitting, 1))
+                one = replace(layer, linear_flops=layer.linear_flops / layer.batch)  # of one request
+                of_a_group = np.maximum(
+                    (layer.read_bytes + tokens / groups * layer.kv_bytes) / machine.gpu_bandwidth,
+                    (one.linear_flops * layer.batch + tokens * layer.attention_flops) / groups / machine.peak,
+                )
+                return np.where(fitting >= 1, groups * np.maximum(weights, of_a_group), np.inf)
+            case "keys_values":
+                moved = np.maximum(tokens - cache / layer.kv_bytes, 0.0)
+                return np.maximum(weights + layer.kv_time(machine, moved), compute)
+            case "activations":
+                moved = np.maximum(tokens - cache / layer.act_bytes, 0.0)
+                return np.maximum(weights + layer.act_time(machine, moved), compute + layer.recompute_time(machine, tokens))
+            case "token_ids":
+                return np.maximum(weights, prefill_flops(layer, contexts) / machine.peak)
+            case "cpu_attention":
+                attention = tokens * layer.kv_bytes / machine.host_bandwidth
+                if machine.cpu_peak is not None:
+                    attention = np.maximum(attention, tokens * layer.attention_flops / machine.cpu_peak)
+                return np.maximum(weights, layer.compute_time(machine, 0.0) + attention)
+
+    def stored_bytes(self, layer: OffloadLayer, tokens: float, cache: float) -> float:
+        """Bytes of one layer's state that prefill sends to the host."""
+        match self.rule:
+            case "resident_state" | "token_ids":
+                return 0.0
+            case "keys_values":
+                return max(tokens * layer.kv_bytes - cache, 0.0)
+            case "activations":
+                return max(tokens * layer.act_bytes - cache, 0.0)
+            case _:
+                return tokens * layer.kv_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationCost:
+    """``prefill`` and ``decode`` [s] of a batch's whole generation; ``throughput`` [token/s] generated; ``fits`` on the host."""
+
+    prefill: float
+    decode: float
+    throughput: float
+    host_bytes: float
+    host_capacity: float
+
+    @property
+    def fits(self) -> bool:
+        """The host holds weights and state, and the GPU a layer at a time."""
+        return self.host_bytes <= self.host_capacity and np.isfinite(self.decode)
+
+
+def prefill_flops(layer: OffloadLayer, prompt: Array | float) -> Array:
+    """FLOPs of one layer that reads ``prompt`` tokens of each request: products, and attention to the tokens before each."""
+    prompt = np.asarray(prompt, dtype=np.float64)
+    return prompt * layer.linear_flops + layer.batch * layer.attention_flops * prompt * (prompt + 1) / 2
+
+
+def state_cache(workload: Workload, machine: OffloadMachine, longest: int, buffered_requests: int = 16) -> float:
+    """Bytes of GPU memory that are left for state, of all layers, while weights stream: what an engine may use, less two layers of
+    weights, the embeddings and two staging buffers with a layer's keys and values of ``buffered_requests`` requests."""
+    llm = workload.llm
+    layers = offload_layers(workload)
+    used = WORKING_LAYERS * max(layer.weight_bytes for layer in layers)
+    used += llm.vocab_size * llm.hidden_size * workload.weight_bits / 8
+    used += 2 * min(buffered_requests, workload.batch) * longest * layers[0].kv_bytes
+    return max(machine.gpu_capacity - used, 0.0)
+
+
+def generation(system: System, workload: Workload, baseline: OffloadBaseline, *, generated: int) -> GenerationCost:
+    """A baseline's time for a batch of prompts of ``workload.context`` tokens and ``generated`` new ones of each.
+
+    Prefill of a layer: max(FLOPs / peak, weights / link, stored state / link to the host). ValueError for no new token.
+    """
+    if generated < 1:
+        raise ValueError(f"a generation needs at least one new token, not {generated!r}")
+    if baseline.kv_bits is not None:
+        workload = replace(workload, kv_bits=baseline.kv_bits)
+    machine = OffloadMachine.build(system, baseline.profile)
+    prompt, longest = workload.context, workload.context + generated
+    contexts = prompt + np.arange(generated, dtype=np.float64)
+    cache = state_cache(workload, machine, longest) / workload.llm.num_hidden_layers
+    prefill = decode = 0.0
+    for layer in offload_layers(workload):
+        decode += layer.layers * float(baseline.layer_time(layer, machine, contexts, cache).sum())
+        stored = baseline.stored_bytes(layer, workload.batch * prompt, cache)
+        flops = float(prefill_flops(layer, prompt))
+        prefill += layer.layers * max(flops / machine.peak, layer.weight_bytes / machine.to_device, stored / machine.to_host)
+    state = sum(layer.layers * baseline.stored_bytes(layer, workload.batch * longest, cache) for layer in offload_layers(workload))
+    return GenerationCost(
+        prefill=prefill,
+        decode=decode,
+        throughput=workload.batch * generated / (prefill + decode),
+        host_bytes=workload.weight_bytes + state,
+        host_capacity=machine.host_capacity,
+    )
+
+
+def offload_baselines(profile: OffloadProfile, flexgen: OffloadProfile) -> dict[str, OffloadBaseline]:
+    """The systems that offloading is compared with: all at ``profile``'s rates, but FlexGen at its own."""
+    listed = (
+        OffloadBaseline(name="accelerate", rule="in_turn", profile=profile),
+        OffloadBaseline(name="deepspeed", rule="resident_state", profile=profile),
+        OffloadBaseline(name="flexgen", rule="keys_values", profile=flexgen),
+        OffloadBaseline(name="kv_only", rule="keys_values", profile=profile),
+        OffloadBaseline(name="act_only", rule="activations", profile=profile),
+        OffloadBaseline(name="token_ids", rule="token_ids", profile=profile),
+        OffloadBaseline(name="cpu_attention", rule="cpu_attention", profile=profile, note="attention on the host's cores"),
+        OffloadBaseline(
+            name="kv_int4", rule="keys_values", profile=profile, kv_bits=GROUP_QUANTISED_BITS, note="accuracy and unpacking not modelled"
+        ),
+    )
+    return {one.name: one for one in listed}
