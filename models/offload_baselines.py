@@ -41,7 +41,7 @@ class OffloadBaseline:
     - "activations": max(t_w + t_x, t_c + t_rec), with as many activations in spare GPU memory as fit;
     - "token_ids": every step is a prefill of all tokens, nothing is kept: max(t_w, t_forward);
     - "cpu_attention": the CPU attends to the keys and values on the host, between the GPU's products:
-      max(t_w, t_c without state + KV bytes / host bandwidth).
+      max(t_w, t_c without state + KV bytes / host bandwidth, (weights + KV bytes) / host bandwidth).
 
     ``kv_bits``: bits of a key or value in place of the workload's. ``note``: what a reader of its results must know.
     """
@@ -83,7 +83,8 @@ class OffloadBaseline:
                 attention = tokens * layer.kv_bytes / machine.host_bandwidth
                 if machine.cpu_peak is not None:
                     attention = np.maximum(attention, tokens * layer.attention_flops / machine.cpu_peak)
-                return np.maximum(weights, layer.compute_time(machine, 0.0) + attention)
+                leaving = (layer.read_bytes + tokens * layer.kv_bytes) / machine.host_bandwidth
+                return np.maximum.reduce([weights + 0.0 * tokens, layer.compute_time(machine, 0.0) + attention, leaving])
 
     def stored_bytes(self, layer: OffloadLayer, tokens: float, cache: float) -> float:
         """Bytes of one layer's state that prefill sends to the host."""

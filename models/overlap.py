@@ -1,20 +1,24 @@
-"""Schedule templates: how the transfers, the recomputation and the decode step of one layer overlap. Pure functions of arrays that broadcast.
+"""Schedule templates: how the transfers, the recomputation and the decode step of one layer overlap. Pure functions of arrays.
 
-All arguments are seconds of one layer and one GPU batch (``batches`` of them share one load of the weights), for the whole state:
+All arguments are seconds of one layer and one GPU batch (``batches`` of them share one load of the weights), for the whole state, and
+broadcast:
 
     kv   transfer of all keys and values        act       transfer of all activations       recompute  of all keys and values
     weights  transfer of the weights            compute   decode step on the GPU            share a    of tokens kept as activations
+    first    transfer of the part of the weights that recomputation needs; None: recomputation waits for all weights
 
 Three things hold in every template: the link carries one byte at a time, the GPU does one thing at a time, so that no template is shorter
-than ``weights + batches * (act a + kv (1 - a))`` or ``batches * (compute + recompute a)``; and keys and values cannot be recomputed before
-their activations have arrived. Sources: KVPR (arXiv 2411.17089, staged), HybridServe (arXiv 2501.01792, fluid), FlexGen (arXiv 2303.06865,
-flexgen_sync); the chunked template lies between the first two and is derived here.
+than ``weights + batches (act a + kv (1 - a))`` or ``batches (compute + recompute a)``; and keys and values cannot be recomputed before
+their activations have arrived. Sources: KVPR (arXiv 2411.17089, staged; its key and value projections come ``first``), HybridServe
+(arXiv 2501.01792, fluid), FlexGen (arXiv 2303.06865, flexgen_sync); the chunked template lies between the first two and is derived here.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .roofline import Array
 
@@ -26,14 +30,18 @@ def staged(
     act: ArrayLike,
     recompute: ArrayLike,
     weights: ArrayLike = 0.0,
+    first: ArrayLike | None = None,
     compute: ArrayLike = 0.0,
     batches: ArrayLike = 1,
 ) -> Array:
     """KVPR: all activations arrive, then they are recomputed while the remaining keys and values cross the link.
 
     max(weights + batches (act a + max(recompute a, kv (1 - a))), batches (compute + recompute a))
+
+    With ``first``, the other weights too cross the link while the first GPU batch is recomputed; its part of the first line becomes
+    first + act a + max(recompute a, weights - first + kv (1 - a)).
     """
-    return chunked(share, chunks=1, kv=kv, act=act, recompute=recompute, weights=weights, compute=compute, batches=batches)
+    return chunked(share, chunks=1, kv=kv, act=act, recompute=recompute, weights=weights, first=first, compute=compute, batches=batches)
 
 
 def chunked(
@@ -44,17 +52,22 @@ def chunked(
     act: ArrayLike,
     recompute: ArrayLike,
     weights: ArrayLike = 0.0,
+    first: ArrayLike | None = None,
     compute: ArrayLike = 0.0,
     batches: ArrayLike = 1,
 ) -> Array:
     """Activations arrive in n equal chunks; each is recomputed while the next one, and then keys and values, cross the link.
 
     max(weights + batches max(act a + max(kv (1 - a), recompute a / n), act a / n + recompute a), batches (compute + recompute a))
+
+    With ``first``, the other weights follow the activations of the first GPU batch, and its part of the first line becomes
+    first + max(act a + max(weights - first + kv (1 - a), recompute a / n), act a / n + recompute a).
     """
-    a, kv, act, recompute, n = _arrays(share, kv, act, recompute, chunks)
-    link_first = act * a + np.maximum(kv * (1 - a), recompute * a / n)
-    gpu_last = act * a / n + recompute * a
-    return _step(np.maximum(link_first, gpu_last), a, recompute, weights, compute, batches)
+    a, kv, act, recompute, n, weights, compute, batches = _arrays(share, kv, act, recompute, chunks, weights, compute, batches)
+    early = weights if first is None else np.asarray(first, dtype=np.float64)
+    link, gpu = act * a + kv * (1 - a), np.maximum(act * a + recompute * a / n, act * a / n + recompute * a)
+    transfers = np.maximum(weights + link, early + gpu) + (batches - 1) * np.maximum(link, gpu)
+    return np.maximum(transfers, batches * (compute + recompute * a))
 
 
 def fluid(
@@ -71,8 +84,8 @@ def fluid(
 
     max(weights + batches (act a + kv (1 - a)), batches (compute + recompute a))
     """
-    a, kv, act, recompute, _ = _arrays(share, kv, act, recompute, 1)
-    return _step(act * a + kv * (1 - a), a, recompute, weights, compute, batches)
+    a, kv, act, recompute, weights, compute, batches = _arrays(share, kv, act, recompute, weights, compute, batches)
+    return np.maximum(weights + batches * (act * a + kv * (1 - a)), batches * (compute + recompute * a))
 
 
 def flexgen_sync(*, to_gpu: ArrayLike, from_gpu: ArrayLike, from_disk: ArrayLike, to_disk: ArrayLike, compute: ArrayLike) -> Array:
@@ -90,12 +103,14 @@ def best_staged_share(
     act: ArrayLike,
     recompute: ArrayLike,
     weights: ArrayLike = 0.0,
+    first: ArrayLike | None = None,
     compute: ArrayLike = 0.0,
     batches: ArrayLike = 1,
     most: ArrayLike = 1.0,
 ) -> Array:
-    """The share in [0, ``most``] at which ``staged`` is shortest: 1 / (1 + recompute / kv) if activations pay; the smallest one of several."""
-    return best_chunked_share(chunks=1, kv=kv, act=act, recompute=recompute, weights=weights, compute=compute, batches=batches, most=most)
+    """The share in [0, ``most``] at which ``staged`` is shortest: 1 / (1 + recompute / kv) if activations pay; the smallest of several."""
+    lines = chunked_lines(chunks=1, kv=kv, act=act, recompute=recompute, weights=weights, first=first, compute=compute, batches=batches)
+    return lowest(*lines, most)
 
 
 def best_chunked_share(
@@ -105,20 +120,20 @@ def best_chunked_share(
     act: ArrayLike,
     recompute: ArrayLike,
     weights: ArrayLike = 0.0,
+    first: ArrayLike | None = None,
     compute: ArrayLike = 0.0,
     batches: ArrayLike = 1,
     most: ArrayLike = 1.0,
 ) -> Array:
-    """The share in [0, ``most``] at which ``chunked`` is shortest, the smallest one of several: one of the breakpoints, as it is convex and
-    piecewise linear. With r = act / kv and rho = recompute / kv the usual one is 1 / (1 - r + rho + r / n), clipped."""
-    kv, act, recompute, n, weights, compute, batches, most = _arrays(kv, act, recompute, chunks, weights, compute, batches, most)
-    lines = [  # each line of the maximum as (constant, slope), a batch's part
-        (weights / batches + kv, act - kv),
-        (weights / batches, act + recompute / n),
-        (weights / batches, act / n + recompute),
-        (compute, recompute),
-    ]
-    return _lowest(lines, most)
+    """The share in [0, ``most``] at which ``chunked`` is shortest, the smallest of several.
+
+    One of the breakpoints, as the time is convex and piecewise linear. With r = act / kv < 1 and rho = recompute / kv, and if neither
+    weights nor compute bind, it is 1 / (1 + rho / n + max(rho - r, 0) (1 - 1 / n)): for rho above r, 1 / (1 - r + rho + r / n).
+    """
+    lines = chunked_lines(
+        chunks=chunks, kv=kv, act=act, recompute=recompute, weights=weights, first=first, compute=compute, batches=batches
+    )
+    return lowest(*lines, most)
 
 
 def best_fluid_share(
@@ -131,31 +146,82 @@ def best_fluid_share(
     batches: ArrayLike = 1,
     most: ArrayLike = 1.0,
 ) -> Array:
-    """The share in [0, ``most``] at which ``fluid`` is shortest, the smallest one of several: (w + 1 - c) / (1 - r + rho), clipped."""
-    kv, act, recompute, weights, compute, batches, most = _arrays(kv, act, recompute, weights, compute, batches, most)
-    return _lowest([(weights / batches + kv, act - kv), (compute, recompute)], most)
+    """The share in [0, ``most``] at which ``fluid`` is shortest, the smallest of several: (w + 1 - c) / (1 - r + rho), clipped.
+
+    r, rho, w and c are act, recompute, weights / batches and compute over kv.
+    """
+    return lowest(*fluid_lines(kv=kv, act=act, recompute=recompute, weights=weights, compute=compute, batches=batches), most)
+
+
+def chunked_lines(
+    *,
+    chunks: ArrayLike,
+    kv: ArrayLike,
+    act: ArrayLike,
+    recompute: ArrayLike,
+    weights: ArrayLike = 0.0,
+    first: ArrayLike | None = None,
+    compute: ArrayLike = 0.0,
+    batches: ArrayLike = 1,
+) -> tuple[Array, Array]:
+    """``chunked`` as the maximum of L lines in the share: constants [L, ...] and slopes [L, ...], both in seconds."""
+    kv, act, recompute, n, weights, compute, batches = _arrays(kv, act, recompute, chunks, weights, compute, batches)
+    later = [(kv, act - kv), (np.zeros(()), act + recompute / n), (np.zeros(()), act / n + recompute)]
+    if first is None:  # the first batch is like the later ones: a maximum of sums would only repeat lines
+        lines = [(weights + batches * constant, batches * slope) for constant, slope in later]
+    else:
+        early = np.asarray(first, dtype=np.float64)
+        begun = [(weights + kv, act - kv), (early, act + recompute / n), (early, act / n + recompute)]
+        lines = [(c + (batches - 1) * constant, s + (batches - 1) * slope) for c, s in begun for constant, slope in later]
+    return _stacked([*lines, (batches * compute, batches * recompute)])
+
+
+def fluid_lines(
+    *,
+    kv: ArrayLike,
+    act: ArrayLike,
+    recompute: ArrayLike,
+    weights: ArrayLike = 0.0,
+    compute: ArrayLike = 0.0,
+    batches: ArrayLike = 1,
+) -> tuple[Array, Array]:
+    """``fluid`` as the maximum of two lines in the share: constants [2, ...] and slopes [2, ...], both in seconds."""
+    kv, act, recompute, weights, compute, batches = _arrays(kv, act, recompute, weights, compute, batches)
+    return _stacked([(weights + batches * kv, batches * (act - kv)), (batches * compute, batches * recompute)])
+
+
+def lowest(constants: Array, slopes: Array, most: ArrayLike = 1.0) -> Array:
+    """Where the maximum of lines ``constant + slope a`` [L, ...] is lowest on [0, most], the smallest such place: an end or a crossing.
+
+    Heights that differ by less than 1e-12 of themselves, a few times the rounding of a line, count as equal.
+    """
+    aligned = (len(constants), *(1,) * (np.ndim(most) - constants.ndim + 1), *constants.shape[1:])
+    constants, slopes = constants.reshape(aligned), slopes.reshape(aligned)
+    end = np.asarray(most, dtype=np.float64) + np.zeros(constants.shape[1:])
+    i, j = _pairs(len(constants))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crossings = (constants[i] - constants[j]) / (slopes[j] - slopes[i])
+    crossings = np.where(np.isfinite(crossings), np.minimum(np.maximum(crossings, 0.0), end), 0.0)
+    places = np.concatenate([np.zeros((1, *end.shape)), end[None], crossings])
+    heights = constants[0] + slopes[0] * places
+    for line in range(1, len(constants)):  # one after the other: an array of all heights would be ten times as large
+        np.maximum(heights, constants[line] + slopes[line] * places, out=heights)
+    near = heights <= heights.min(axis=0) * (1 + 1e-12)
+    return np.where(near, places, np.inf).min(axis=0)
 
 
 def _arrays(*values: ArrayLike) -> tuple[Array, ...]:
     return tuple(np.asarray(value, dtype=np.float64) for value in values)
 
 
-def _step(transfers: Array, a: Array, recompute: Array, weights: ArrayLike, compute: ArrayLike, batches: ArrayLike) -> Array:
-    weights, compute, batches = _arrays(weights, compute, batches)
-    return np.maximum(weights + batches * transfers, batches * (compute + recompute * a))
+def _stacked(lines: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Lines of scalars, the case of one design, are stacked without the machinery of broadcasting, which takes most of its time."""
+    parts = [part for line in lines for part in line]
+    if any(np.ndim(part) for part in parts):
+        parts = list(np.broadcast_arrays(*parts))
+    return np.array(parts[::2]), np.array(parts[1::2])
 
 
-def _lowest(lines: list[tuple[Array, Array]], most: Array) -> Array:
-    """Where the maximum of lines ``constant + slope a`` is lowest on [0, most], the smallest such place: 0, most, or a crossing."""
-    shape = np.broadcast_shapes(most.shape, *(part.shape for line in lines for part in line))
-    places = [np.zeros(shape), np.broadcast_to(most, shape)]
-    for i, (constant, slope) in enumerate(lines):
-        for other, steeper in lines[i + 1 :]:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                crossing = (constant - other) / (steeper - slope)
-            places.append(np.clip(np.where(np.isfinite(crossing), crossing, 0.0), 0.0, most) + np.zeros(shape))
-    candidates = np.sort(np.stack(places), axis=0)
-    heights = np.maximum.reduce([constant + slope * candidates for constant, slope in lines])
-    lowest = heights.min(axis=0)
-    near = heights <= lowest * (1 + 1e-12)
-    return np.take_along_axis(candidates, near.argmax(axis=0)[None], axis=0)[0]
+@cache
+def _pairs(number: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    return np.triu_indices(number, 1)

@@ -27,8 +27,10 @@ OPT_13B = LLMS["opt-13b"]
 OPT_30B = LLMS["opt-30b"]
 OPT_66B = LLMS["opt-66b"]
 OPT_175B = LLMS["opt-175b"]
+QWEN3_0_6B = LLMS["qwen3-0.6b"]
 QWEN3_8B = LLMS["qwen3-8b"]
 QWEN3_32B = LLMS["qwen3-32b"]
+GEMMA_7B = LLMS["gemma-7b"]
 MIXTRAL_8X7B = LLMS["mixtral-8x7b"]
 DEEPSEEK_V3 = LLMS["deepseek-v3"]
 
@@ -43,6 +45,12 @@ H2M2_CXL_SYSTEM = SYSTEMS["h2m2_cxl"]
 """H2M2's machine with a third memory behind CXL; the expander's numbers are assumptions."""
 HBM_8_SYSTEM = SYSTEMS["hbm_8"]
 """Eight HBM devices, no LPDDR, the compute of two chips."""
+A100_SYSTEM = SYSTEMS["a100_pcie4"]
+"""An A100 of 40 GB behind PCIe 4.0 x16, as in KVPR (arXiv 2411.17089)."""
+RTX4090_SYSTEM = SYSTEMS["rtx4090_pcie4"]
+"""An RTX 4090 behind PCIe 4.0 x16 with 882 GB on the host, as in HybridServe (arXiv 2501.01792)."""
+T4_SYSTEM = SYSTEMS["t4_disk"]
+"""A T4 behind PCIe 3.0 x16 with a host and a disk, as in FlexGen (arXiv 2303.06865)."""
 
 
 def llm_named(name: str | Path) -> LLMConfig:
