@@ -5,9 +5,11 @@ if not __name__.startswith("memsplit."):
 
 from .compare import compare
 from .explore import Constraint, explore
-from .mapping_score import MappingScore, rerun
+from .mapping_score import MappingScore
+from .offload_score import OffloadScore
 from .pareto import Objective, hypervolume, non_dominated, pareto
 from .plots import plot_front
+from .rerun import rerun
 from .speedup import H2M2_SWEEPS, Method, h2m2_methods, speedups
 from .study import positive, served, serving_arguments, show, study_arguments
 from .table import check_writable, from_json, read_designs, to_json, write_csv
@@ -18,6 +20,7 @@ __all__ = [
     "MappingScore",
     "Method",
     "Objective",
+    "OffloadScore",
     "check_writable",
     "compare",
     "explore",

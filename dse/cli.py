@@ -28,7 +28,7 @@ from ..solvers.kernel_mapping_heuristics import (
     UniformMapping,
 )
 from ..solvers.result import Solver, SolverResult, Status
-from .mapping_score import rerun
+from .rerun import rerun
 from .study import served, serving_arguments, show
 from .table import check_writable, write_csv
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from .. import __version__
 from ..models.hardware import System
@@ -21,7 +18,6 @@ from ..models.workload import Workload
 from ..solvers.kernel_mapping import TableMapping
 from ..solvers.kernel_mapping_heuristics import GreedyMapping
 from ..solvers.result import Solver, SolverResult, finish
-from .table import read_designs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,36 +83,3 @@ class MappingScore:
             "version": __version__,
             "assumed": "; ".join(assumptions(system)),
         }
-
-
-def rerun(path: str | Path, row: int = 0) -> pd.DataFrame:
-    """Price row ``row`` (from 0) of a table that ``write_csv`` wrote with designs again, from the JSON beside it.
-
-    One line a column of the score: column, written, again. ValueError, in one sentence, if the files are damaged, have no such row,
-    or hold no kernel mapping.
-    """
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}; name a CSV that write_csv wrote") from None
-    if "design" not in table:
-        raise ValueError(f"{path} has no column 'design', so its rows cannot be rerun; name a table of explored designs")
-    if not 0 <= row < len(table):
-        raise ValueError(f"{path} has {len(table)} rows, counted from 0, and no row {row}")
-    stored = read_designs(path)
-    key = str(table.loc[row, "design"])
-    if key not in stored["designs"]:
-        raise ValueError(f"{path}: design {key!r} of row {row} is not in the JSON beside it; the two files do not belong together")
-    score = _score(path, stored["settings"])
-    again = score(stored["designs"][key]) or {}
-    columns = [name for name in again if name in table]
-    return pd.DataFrame(
-        {"column": columns, "written": [table.loc[row, name] for name in columns], "again": [again[name] for name in columns]}
-    )
-
-
-def _score(path: str | Path, settings: Mapping[str, Any]) -> MappingScore:
-    try:
-        return MappingScore(**settings)
-    except TypeError:
-        raise ValueError(f"the JSON beside {path} holds no settings of a kernel mapping, but {sorted(settings)}") from None

@@ -3,19 +3,43 @@
 if not __name__.startswith("memsplit."):
     raise ImportError("import memsplit.solvers, not solvers: two copies of each class would break isinstance and pickles")
 
+from .cache_ratio import ActFirstRatio, CpSatRatio, EnumerationRatio, HybridServeRatio, LpRatio, MilpRatio, SingleFormRatio
 from .kernel_mapping import ConvexMapping, CpSatMapping, MilpMapping, PatternMapping, TableMapping
 from .kernel_mapping_heuristics import FlexGenMapping, GreedyMapping, MajorMapping, NaiveMapping, SingleTierMapping, UniformMapping
+from .mini_batches import CpSatBatches, FirstComeBatches, GreedyRatioBatches, MilpBatches
+from .placement import CharnesCooperPlacement, FixedPlacement, FlexGenPlacement, PulpPlacement
+from .recompute_split import ClosedFormSplit, CpSatSplit, EnumerationSplit, FixedShareSplit, MilpSplit
 from .result import Solver, SolverResult, Status
 
 __all__ = [
+    "ActFirstRatio",
+    "CharnesCooperPlacement",
+    "ClosedFormSplit",
     "ConvexMapping",
+    "CpSatBatches",
     "CpSatMapping",
+    "CpSatRatio",
+    "CpSatSplit",
+    "EnumerationRatio",
+    "EnumerationSplit",
+    "FirstComeBatches",
+    "FixedPlacement",
+    "FixedShareSplit",
     "FlexGenMapping",
+    "FlexGenPlacement",
     "GreedyMapping",
+    "GreedyRatioBatches",
+    "HybridServeRatio",
+    "LpRatio",
     "MajorMapping",
+    "MilpBatches",
     "MilpMapping",
+    "MilpRatio",
+    "MilpSplit",
     "NaiveMapping",
     "PatternMapping",
+    "PulpPlacement",
+    "SingleFormRatio",
     "SingleTierMapping",
     "Solver",
     "SolverResult",

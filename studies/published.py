@@ -1,7 +1,8 @@
 """Which published numbers do our models reproduce, and which not?
 
-One row for every number of ``data/published.csv`` and every profile: the published value, ours, computed in this run, and a verdict that
-follows from the relative error alone. Paper h2m2 is arXiv 2504.14893.
+One row for every number of ``data/published.csv`` and every profile: the published value, ours, computed in this run, and a verdict
+that follows from the relative error alone. Papers: h2m2 arXiv 2504.14893, kvpr 2411.17089,
+hybridserve 2501.01792, flexgen 2303.06865.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from memsplit.dse.speedup import H2M2_SWEEPS, h2m2_methods, speedups
 from memsplit.models import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3, KernelMappingProblem, Profile
 from memsplit.models.presets import H2M2_SYSTEM
 from memsplit.models.units import MB
+from memsplit.studies._published_offload import flexgen, hybridserve, kvpr
 
 TOLERANCE = 0.05
 """Relative error up to which a number counts as reproduced. A choice, not a statistic: ten times the rounding of a printed speed-up
@@ -167,7 +169,7 @@ def h2m2(number: Mapping[Hashable, Any], quick: bool) -> Iterator[dict[str, Any]
             yield {"ours": ours, "profile": used.name, "fitted_on": used.fitted_on, "why": "; ".join(remarks)}
 
 
-PAPERS = {"h2m2": h2m2}
+PAPERS = {"h2m2": h2m2, "kvpr": kvpr, "hybridserve": hybridserve, "flexgen": flexgen}
 
 
 def verdict(published: float, ours: float) -> str:

@@ -1,0 +1,91 @@
+"""The score of a GPU with a host in a search: exact cache ratio, exact recompute split, and the gap of HybridServe's rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import __version__
+from ..models.cache_ratio import CacheRatioProblem
+from ..models.hardware import System
+from ..models.offload_profiles import DATASHEET, OffloadProfile
+from ..models.price import access_energy, assumptions
+from ..models.recompute_split import RecomputeSplitProblem
+from ..models.workload import Workload
+from ..solvers.cache_ratio import HybridServeRatio, LpRatio
+from ..solvers.recompute_split import ClosedFormSplit
+from ..solvers.result import Solver
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadScore:
+    """A ``score`` for ``explore``: the columns of a design, which is a pair of a System and a Workload; None if nothing fits.
+
+    throughput_tok_per_s of decoding and latency_s of a step under the best cache ratio; memory_usd; energy_J_per_token of memory accesses
+    (link and compute left out); heuristic_gap = (HybridServe's rule - optimum) / rule; act_share of blocks kept as activations,
+    split_tokens and split_latency_s of KVPR's staged split for the same step; r, rho, w, c; solver, status, gap, profile,
+    version, ``assumed`` prices and energies.
+    """
+
+    profile: OffloadProfile = DATASHEET
+    solver: Solver = field(default_factory=LpRatio)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields by name: what ``write_csv`` keeps so that ``rerun`` can price a row again."""
+        return {"profile": self.profile, "solver": self.solver}
+
+    def __call__(self, design: Sequence[Any]) -> dict[str, Any] | None:
+        """The columns of one design."""
+        system, workload = design
+        problem = CacheRatioProblem.build(system, workload, profile=self.profile)
+        result = self.solver.solve(problem)
+        if result.plan is None or result.objective is None:
+            return None
+        plan, cost = result.plan, problem.evaluate(result.plan)
+        rule = HybridServeRatio().solve(problem).objective
+        split_problem = RecomputeSplitProblem.build(system, workload, profile=self.profile, weights="host")
+        split = ClosedFormSplit().solve(split_problem)
+        ratios = problem.ratios
+        blocks = plan.kv_gpu + plan.act_gpu + plan.kv_host + plan.act_host
+        acts = plan.act_gpu + plan.act_host
+        known: dict[str, Any] = {"throughput_tok_per_s": workload.batch / cost.latency, "latency_s": cost.latency}
+        if all(tier.cost is not None for tier in system.tiers):
+            known["memory_usd"] = system.memory_cost
+        if all(tier.energy is not None for tier in system.tiers[:2]):
+            share = acts / blocks if blocks else 0.0
+            known["energy_J_per_token"] = step_energy(system, workload, cost.to_device_bytes, share) / workload.batch
+        return {
+            **known,
+            "heuristic_latency_s": rule,
+            "heuristic_gap": None if rule is None else (rule - cost.latency) / rule,
+            "act_share": acts / blocks if blocks else 0.0,
+            "kv_gpu_blocks": plan.kv_gpu,
+            "act_gpu_blocks": plan.act_gpu,
+            "kv_host_blocks": plan.kv_host,
+            "act_host_blocks": plan.act_host,
+            "split_tokens": None if split.plan is None else split.plan.splits[0],
+            "split_latency_s": split.objective,
+            "r": ratios.r,
+            "rho": ratios.rho,
+            "w": ratios.w,
+            "c": ratios.c,
+            "solver": result.solver,
+            "status": result.status.value,
+            "gap": result.gap,
+            "profile": self.profile.name,
+            "version": __version__,
+            "assumed": "; ".join(assumptions(system)),
+        }
+
+
+def step_energy(system: System, workload: Workload, to_device: float, act_share: float) -> float:
+    """J of the memory accesses of one decode step with streamed weights, of which ``to_device`` [B] come from the host.
+
+    Host: reads what is sent. GPU: writes what arrives, reads weights and all keys and values, and for the share kept as activations
+    reads them and writes the keys and values recomputed.
+    """
+    llm = workload.llm
+    acts = act_share * workload.batch * workload.context * llm.num_hidden_layers * llm.hidden_size * workload.activation_bits / 8
+    gpu = to_device + workload.weight_bytes + workload.state_bytes * (1 + act_share) + acts
+    return access_energy(system, [gpu, to_device, *[0.0] * (len(system.tiers) - 2)])

@@ -1,0 +1,102 @@
+"""Which GPU, host memory and link are worth their money and energy when an LLM's weights and state are kept on the host?
+
+Optuna varies the memory and bandwidth of the GPU, its FLOP/s, the host's memory, the link and the batch; each design is priced by its exact
+ratio of keys and values to activations, and HybridServe's rule stands beside it. Compute, bandwidth and link have no price in a data sheet:
+only capacity costs money here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from memsplit.dse import Objective, OffloadScore, explore, plot_front, positive, show, study_arguments, write_csv
+from memsplit.models import System, Workload
+from memsplit.models.offload_profiles import HYBRIDSERVE_PAPER
+from memsplit.models.presets import llm_named, system_named
+from memsplit.models.units import GB, TB, TFLOPS
+
+OBJECTIVES = [Objective("throughput_tok_per_s", "maximize"), Objective("memory_usd"), Objective("energy_J_per_token")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study; the front goes to ``--out``, all designs and a picture beside it."""
+    arguments = study_arguments(__doc__ or "", argv, default_out="offload_pareto.csv", extra=_extra)
+    system, llm = system_named(arguments.system), llm_named(arguments.llm)
+    workload = Workload(llm=llm, batch=arguments.batch, context=arguments.context, weight_bits=16, kv_bits=16, activation_bits=16)
+    unpriced = [tier.name for tier in system.tiers[:2] if tier.cost is None or tier.energy is None]
+    if unpriced:
+        raise ValueError(f"system {system.name!r}: tier {unpriced[0]!r} needs cost and energy to be searched; add both to the data sheet")
+    score = OffloadScore(profile=HYBRIDSERVE_PAPER)
+    trials = 40 if arguments.quick else arguments.trials
+    print(f"{trials} designs around {system}, {llm.name} at context {workload.context}, 16 bit; profile {score.profile.name}")
+    designs = explore(
+        lambda trial: varied(system, workload, trial),
+        score,
+        OBJECTIVES,
+        trials=trials,
+        seed=arguments.seed,
+        settings=score.settings(),
+        dominated=True,
+    )
+    finished, lost = designs.attrs["finished"], designs.attrs["infeasible"]
+    if designs.empty:
+        raise ValueError(f"none of {finished} designs holds {llm.name} at context {workload.context}; lower context or batch")
+    front = designs[designs["on_front"]].drop_duplicates([name for name in designs.columns[1 : list(designs.columns).index("latency_s")]])
+    everything = arguments.out.with_name(f"{arguments.out.stem}_all{arguments.out.suffix}")
+    picture = arguments.out.with_suffix(".png")
+    write_csv(arguments.out, front)
+    write_csv(everything, designs)
+    plot_front(designs, OBJECTIVES, picture, title=f"{llm.name} offloaded, context {workload.context}")
+    hidden = ("trial", "feasible", "on_front", "seed", "version", "assumed", "solver", "profile", "status")
+    shown = [name for name in front.columns if name not in hidden and not name.endswith("_blocks")]
+    show(front[shown], title=f"Pareto front: {len(front)} of {finished} designs; {lost} cannot hold the LLM", rows=15)
+    gaps = designs["heuristic_gap"].dropna()
+    if len(gaps):
+        print(f"\nHybridServe's rule (a reconstruction) is {gaps.mean():.1%} from the optimum on average, {gaps.max():.1%} at worst.")
+    print(f"energy_J_per_token: memory accesses, without link and compute. Assumed, not sourced: {front['assumed'].iloc[0]}.")
+    print(f"Written: {arguments.out} (front), {everything} (all), {picture}; rerun a row: memsplit rerun {arguments.out} --row 0")
+    return 130 if designs.attrs["interrupted"] else 0
+
+
+def varied(system: System, workload: Workload, trial: Any) -> tuple[System, Workload]:
+    """A GPU, host and link between half and four times those of ``system``, and a batch up to four times that of ``workload``."""
+    gpu, host = system.tiers[:2]
+    unit = next(unit for unit in system.units if unit.tier == gpu.name)
+    peak = trial.suggest_float("gpu_TFLOPps", *_range(unit.matrix_peak / TFLOPS), log=True) * TFLOPS
+    system = system.with_unit(unit.name, matrix_peak=peak, vector_peak=unit.vector_peak * peak / unit.matrix_peak).with_tier(
+        gpu.name,
+        capacity=trial.suggest_int("gpu_GB", *_steps(gpu.capacity / GB, 4), step=4) * GB,
+        bandwidth=trial.suggest_float("gpu_TBps", *_range(gpu.bandwidth / TB), log=True) * TB,
+    )
+    system = system.with_tier(host.name, capacity=trial.suggest_int("host_GB", *_steps(host.capacity / GB, 32), step=32) * GB)
+    down = next(link for link in system.links if (link.source, link.target) == (host.name, gpu.name))
+    speed = trial.suggest_float("link_GBps", *_range(down.bandwidth / GB), log=True) * GB
+    ends = {(host.name, gpu.name), (gpu.name, host.name)}
+    links = tuple(replace(link, bandwidth=speed) if (link.source, link.target) in ends else link for link in system.links)
+    batch = trial.suggest_int("batch", *_steps(workload.batch, max(1, workload.batch // 4)), step=max(1, workload.batch // 4))
+    return replace(system, links=links), replace(workload, batch=batch)
+
+
+def _range(value: float) -> tuple[float, float]:
+    return value / 2, value * 4
+
+
+def _steps(value: float, step: int) -> tuple[int, int]:
+    """From about half to about four times ``value`` in whole steps."""
+    return step * max(1, round(value / 2 / step)), step * max(1, round(value * 4 / step))
+
+
+def _extra(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", default="rtx4090_pcie4", help="data sheet (.toml) or a machine's name (default: %(default)s)")
+    parser.add_argument("--llm", default="opt-30b", help="Hugging Face config.json or an LLM's name (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=64, help="requests around which is searched (default: %(default)s)")
+    parser.add_argument("--context", type=positive, default=1024, help="tokens a request (default: %(default)s)")
+    parser.add_argument("--trials", type=positive, default=300, help="designs to price (default: %(default)s)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
