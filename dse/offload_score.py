@@ -22,7 +22,7 @@ from ..solvers.result import Solver
 class OffloadScore:
     """A ``score`` for ``explore``: the columns of a design, which is a pair of a System and a Workload; None if nothing fits.
 
-    throughput_tok_per_s of decoding and latency_s of a step under the best cache ratio; memory_usd; energy_J_per_token of memory accesses
+    throughput_tok_per_s of decoding and latency_s of a step under the best cache ratio; memory_usd; energy_J_per_tok of memory accesses
     (link and compute left out); heuristic_gap = (HybridServe's rule - optimum) / rule; act_share of blocks kept as activations,
     split_tokens and split_latency_s of KVPR's staged split for the same step; r, rho, w, c; solver, status, gap, profile,
     version, ``assumed`` prices and energies.
@@ -54,7 +54,7 @@ class OffloadScore:
             known["memory_usd"] = system.memory_cost
         if all(tier.energy is not None for tier in system.tiers[:2]):
             share = acts / blocks if blocks else 0.0
-            known["energy_J_per_token"] = step_energy(system, workload, cost.to_device_bytes, share) / workload.batch
+            known["energy_J_per_tok"] = step_energy(system, workload, cost.to_device_bytes, share) / workload.batch
         return {
             **known,
             "heuristic_latency_s": rule,

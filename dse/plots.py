@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PREFIXES = {-12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 _PREFIXED = {"s": 0, "J": 15, "W": 15, "B": 15, "FLOP": 15}  # units that take an SI prefix, and the largest exponent in use
 _SIZES = [f"{prefix}B" for prefix in ("k", "M", "G", "T", "P", "Ki", "Mi", "Gi", "Ti", "Pi")]
-_UNITS = {unit: unit for unit in (*_PREFIXED, *_SIZES, "ms", "us", "ns", "tokens", "USD")} | {"usd": "USD", "mm2": "mm²"}
+_UNITS = {unit: unit for unit in (*_PREFIXED, *_SIZES, "ms", "us", "ns", "tokens", "USD")} | {"tok": "token", "usd": "USD", "mm2": "mm²"}
 _LOG_FROM = 8.0  # largest over smallest value above which an axis is logarithmic
 
 _STYLE: dict[Any, Any] = {

@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .checks import check_number, whole
 from .hardware import System
-from .offload import OffloadCost, OffloadMachine, OffloadRatios, offload_layers
-from .offload_baselines import WORKING_LAYERS, GenerationCost, prefill_flops
+from .offload import OffloadCost, OffloadMachine, OffloadRatios, WeightsOn, gpu_overhead, offload_layers
+from .offload_baselines import GenerationCost, prefill_flops
 from .offload_profiles import DATASHEET, OffloadProfile
 from .roofline import Array
 from .units import GB
@@ -33,7 +33,6 @@ from .workload import Workload
 BLOCK = 16
 """Tokens of a block in HybridServe."""
 
-WeightsOn = Literal["host", "gpu"]
 Form = Literal["best", "act_first", "kv", "act"]
 
 
@@ -321,18 +320,6 @@ class CacheRatioProblem:
         share, workload = most / self.blocks, self.workload
         held_bits = workload.activation_bits if form == "activations" else workload.kv_bits
         return text + f", or serve about {int(len(self.request_blocks) * share)} requests, or hold {form} at {held_bits * share:.3g} bits"
-
-
-def gpu_overhead(workload: Workload, longest: int, *, weights: WeightsOn = "host", buffered_requests: int = 16) -> float:
-    """Bytes that the GPU holds beside blocks: two layers of weights (all with ``weights="gpu"``), the embeddings, and two staging buffers
-    for the keys and values of one layer of ``buffered_requests`` requests of ``longest`` tokens."""
-    buffered = whole("cache ratio", "buffered_requests", buffered_requests, "requests", least=0)
-    llm, layers = workload.llm, offload_layers(workload)
-    kept = workload.weight_bytes
-    if weights == "host":
-        kept = min(kept, WORKING_LAYERS * max(layer.weight_bytes for layer in layers))
-    embeddings = llm.vocab_size * llm.hidden_size * workload.weight_bits / 8
-    return kept + embeddings + 2 * min(buffered, workload.batch) * longest * layers[0].kv_bytes
 
 
 def act_first_is_optimal(problem: CacheRatioProblem) -> bool:

@@ -12,15 +12,22 @@ weights, t_c decode on the GPU. Every formula of ``overlap`` is one of these fiv
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .checks import whole
 from .hardware import System
 from .offload_profiles import DATASHEET, OffloadProfile
 from .roofline import Array
 from .units import GB
 from .workload import Workload, kernels
+
+WeightsOn = Literal["host", "gpu"]
+
+WORKING_LAYERS = 2
+"""Layers of weights in GPU memory while weights stream: the one in use and the one that arrives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +156,18 @@ def offload_layers(workload: Workload) -> tuple[OffloadLayer, ...]:
             )
         )
     return tuple(listed)
+
+
+def gpu_overhead(workload: Workload, longest: int, *, weights: WeightsOn = "host", buffered_requests: int = 16) -> float:
+    """Bytes that the GPU holds beside state: two layers of weights (all with ``weights="gpu"``), the embeddings, and two staging buffers
+    for the keys and values of one layer of ``buffered_requests`` requests of ``longest`` tokens."""
+    buffered = whole("offloading", "buffered_requests", buffered_requests, "requests", least=0)
+    llm, layers = workload.llm, offload_layers(workload)
+    kept = workload.weight_bytes
+    if weights == "host":
+        kept = min(kept, WORKING_LAYERS * max(layer.weight_bytes for layer in layers))
+    embeddings = llm.vocab_size * llm.hidden_size * workload.weight_bits / 8
+    return kept + embeddings + 2 * min(buffered, workload.batch) * longest * layers[0].kv_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

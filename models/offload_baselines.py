@@ -14,7 +14,7 @@ import numpy as np
 
 from .checks import check_name
 from .hardware import System
-from .offload import OffloadLayer, OffloadMachine, offload_layers
+from .offload import OffloadLayer, OffloadMachine, gpu_overhead, offload_layers
 from .offload_profiles import DATASHEET, OffloadProfile
 from .roofline import Array
 from .workload import Workload
@@ -23,9 +23,6 @@ Rule = Literal["in_turn", "resident_state", "keys_values", "activations", "token
 
 GROUP_QUANTISED_BITS = 4.5
 """Bits of a key or value in groups of 64 with a 16-bit scale and zero point each: 4 + 2 x 16 / 64 (FlexGen, arXiv 2303.06865)."""
-
-WORKING_LAYERS = 2
-"""Layers of weights in GPU memory while weights stream: the one in use and the one that arrives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,17 +118,6 @@ def prefill_flops(layer: OffloadLayer, prompt: Array | float) -> Array:
     return prompt * layer.linear_flops + layer.batch * layer.attention_flops * prompt * (prompt + 1) / 2
 
 
-def state_cache(workload: Workload, machine: OffloadMachine, longest: int, buffered_requests: int = 16) -> float:
-    """Bytes of GPU memory that are left for state, of all layers, while weights stream: what an engine may use, less two layers of
-    weights, the embeddings and two staging buffers with a layer's keys and values of ``buffered_requests`` requests."""
-    llm = workload.llm
-    layers = offload_layers(workload)
-    used = WORKING_LAYERS * max(layer.weight_bytes for layer in layers)
-    used += llm.vocab_size * llm.hidden_size * workload.weight_bits / 8
-    used += 2 * min(buffered_requests, workload.batch) * longest * layers[0].kv_bytes
-    return max(machine.gpu_capacity - used, 0.0)
-
-
 def generation(system: System, workload: Workload, baseline: OffloadBaseline, *, generated: int) -> GenerationCost:
     """A baseline's time for a batch of prompts of ``workload.context`` tokens and ``generated`` new ones of each.
 
@@ -144,7 +130,7 @@ def generation(system: System, workload: Workload, baseline: OffloadBaseline, *,
     machine = OffloadMachine.build(system, baseline.profile)
     prompt, longest = workload.context, workload.context + generated
     contexts = prompt + np.arange(generated, dtype=np.float64)
-    cache = state_cache(workload, machine, longest) / workload.llm.num_hidden_layers
+    cache = max(machine.gpu_capacity - gpu_overhead(workload, longest), 0.0) / workload.llm.num_hidden_layers
     prefill = decode = 0.0
     for layer in offload_layers(workload):
         decode += layer.layers * float(baseline.layer_time(layer, machine, contexts, cache).sum())

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 
+from ..models.roofline import Array
 from ._patterns import Chosen, PatternAnswer, PatternForm, capacity_rows, fastest_patterns, least_above_zero, least_time
 from ._program import Program, ProgramAnswer
 
@@ -93,6 +95,12 @@ def solve_patterns(
     return PatternAnswer(chosen=chosen, bound=least + step * max(solver.best_objective_bound, 0.0))
 
 
+def _sum(cp_model: Any, x: Sequence[Any], numbers: Array) -> Any:
+    """The weighted sum of the variables whose numbers are not 0."""
+    used = np.flatnonzero(numbers)
+    return cp_model.LinearExpr.weighted_sum([x[j] for j in used], numbers[used].astype(np.int64))
+
+
 def _solve(solver: Any, model: Any) -> Any:
     """The status of a solve that Ctrl-C ends: it runs on a thread, so that this one can take the signal."""
     with ThreadPoolExecutor(max_workers=1) as executor:
@@ -116,7 +124,13 @@ def _import_cp_model() -> Any:
 
 
 def solve_program(
-    program: Program, *, relative_gap: float, scale: float, time_limit: float | None, threads: int, seed: int
+    program: Program,
+    *,
+    relative_gap: float,
+    scale: float,
+    time_limit: float | None,
+    threads: int,
+    seed: int,
 ) -> ProgramAnswer:
     """CP-SAT's answer to a program whose continuous variables are all times of about ``scale`` (the cost is of that order).
 
@@ -142,13 +156,13 @@ def solve_program(
                 numbers = np.where(program.whole, np.floor(row / step), row)
                 if np.any(numbers[~program.whole] != np.round(numbers[~program.whole])):
                     raise AssertionError("times need whole coefficients; this is a defect of memsplit, please report it")
-                model.add(cp_model.LinearExpr.weighted_sum(x, numbers.astype(np.int64)) <= math.ceil(limit / step))
+                model.add(_sum(cp_model, x, numbers) <= math.ceil(limit / step))
                 continue
-            expression = cp_model.LinearExpr.weighted_sum(x, row.astype(np.int64))
+            expression = _sum(cp_model, x, row)
             model.add(expression == round(limit) if equal else expression <= math.floor(limit))
     # The cost in steps: whole variables cost their own seconds, rounded down.
     cost = np.where(program.whole, np.floor(program.cost / step), program.cost)
-    model.minimize(cp_model.LinearExpr.weighted_sum(x, cost.astype(np.int64)))
+    model.minimize(_sum(cp_model, x, cost))
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = threads
     solver.parameters.random_seed = seed % 2**31

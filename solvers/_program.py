@@ -62,14 +62,13 @@ def relaxation(program: Program) -> ProgramAnswer:
         return ProgramAnswer(infeasible=True)
     if answer.status != 0:
         return ProgramAnswer()
-    row_price = np.minimum(answer.ineqlin.marginals, 0.0) if len(program.room) else np.zeros(0)
-    equal_price = np.asarray(answer.eqlin.marginals) if len(program.total) else np.zeros(0)
-    reduced = program.cost.copy()
-    dual = 0.0
+    reduced, dual = np.array(program.cost, dtype=np.float64), 0.0
     if len(program.room):
-        reduced, dual = reduced - row_price @ program.rows, dual + float(row_price @ program.room)
+        price = np.minimum(answer.ineqlin.marginals, 0.0)
+        reduced, dual = reduced - price @ program.rows, dual + float(price @ program.room)
     if len(program.total):
-        reduced, dual = reduced - equal_price @ program.equal, dual + float(equal_price @ program.total)
+        price = np.asarray(answer.eqlin.marginals, dtype=np.float64)
+        reduced, dual = reduced - price @ program.equal, dual + float(price @ program.total)
     # A reduced cost that is slightly negative on an unbounded variable is rounding: it is charged at the variable's value.
     reach = np.where(np.isfinite(program.upper), program.upper, np.maximum(answer.x, 0.0) * 2 + 1)
     dual += float(np.minimum(reduced, 0.0) @ reach)

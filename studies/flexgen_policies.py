@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row_of("optimum, PuLP", problem, PulpPlacement(), bits, bound))
     frame = pd.DataFrame(rows).assign(template="flexgen_sync", seed=arguments.seed, version=__version__)
     write_csv(arguments.out, frame, provenance={"profiles": PROFILES})
-    columns = ["llm", "bits", "profile", "plan_from", "published_token_per_s", "token_per_s", "gap_to_bound", "policy", "gpu_batch"]
+    columns = ["llm", "bits", "profile", "plan_from", "published_tok_per_s", "throughput_tok_per_s", "gap_to_bound", "policy", "gpu_batch"]
     columns += ["gpu_batches", "longest_in_decode", "runtime_s"]
     show(frame[columns], title="Generated tokens a second on a T4")
     for line in meaning(frame):
@@ -72,7 +72,7 @@ def published_policies(profile: PlacementProfile) -> list[dict[str, Any]]:
         plan = PlacementPlan.from_percent([float(part) for part in policy.split("/")], gpu_batch, gpu_batches)
         loose = replace(profile, usable=EXAMPLE_SHARE)
         problem = replace(PlacementProblem.build(llm, prompt=prompt, generated=GENERATED, profile=loose), capacity=EXAMPLE)
-        rows.append(row_of("published", problem, FixedPlacement(plan), 16.0, None) | {"published_token_per_s": measured})
+        rows.append(row_of("published", problem, FixedPlacement(plan), 16.0, None) | {"published_tok_per_s": measured})
     return rows
 
 
@@ -89,9 +89,9 @@ def row_of(name: str, problem: PlacementProblem, solver: Solver, bits: float, bo
         "disk_read_GBps": problem.profile.disk_read / GB,
         "plan_from": name,
         "status": str(result.status),
-        "published_token_per_s": None,
-        "token_per_s": 1 / result.objective if result.objective else None,
-        "bound_token_per_s": 1 / result.bound if result.bound else None,
+        "published_tok_per_s": None,
+        "throughput_tok_per_s": 1 / result.objective if result.objective else None,
+        "bound_throughput_tok_per_s": 1 / result.bound if result.bound else None,
         "gap_to_bound": 1 - bound / result.objective if result.objective and bound else None,
     }
     if result.plan is not None:
@@ -108,11 +108,10 @@ def meaning(frame: pd.DataFrame) -> list[str]:
     """What the table says, in plain lines."""
     lines = [""]
     for row in frame[frame["plan_from"] == "published"].to_dict("records"):
-        error = row["token_per_s"] / row["published_token_per_s"] - 1
-        lines.append(
-            f"{row['llm']} {row['prompt_tokens']}+{row['generated_tokens']}, {row['profile']}: {row['token_per_s']:.2f} token/s by the "
-            f"cost model, {row['published_token_per_s']:.2f} published ({error:+.0%})."
-        )
+        error = row["throughput_tok_per_s"] / row["published_tok_per_s"] - 1
+        what = f"{row['llm']} {row['prompt_tokens']}+{row['generated_tokens']}, {row['profile']}"
+        ours, published = row["throughput_tok_per_s"], row["published_tok_per_s"]
+        lines.append(f"{what}: {ours:.2f} token/s by the cost model, {published:.2f} published ({error:+.0%}).")
     searched, exact = frame[frame["plan_from"] == "flexgen search"], frame[frame["plan_from"] == "optimum"]
     lines.append(f"FlexGen's search is at most {searched['gap_to_bound'].max():.2%} from a bound of its own formulation.")
     lines.append(

@@ -19,7 +19,7 @@ from memsplit.models.offload_profiles import HYBRIDSERVE_PAPER
 from memsplit.models.presets import llm_named, system_named
 from memsplit.models.units import GB, TB, TFLOPS
 
-OBJECTIVES = [Objective("throughput_tok_per_s", "maximize"), Objective("memory_usd"), Objective("energy_J_per_token")]
+OBJECTIVES = [Objective("throughput_tok_per_s", "maximize"), Objective("memory_usd"), Objective("energy_J_per_tok")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gaps = designs["heuristic_gap"].dropna()
     if len(gaps):
         print(f"\nHybridServe's rule (a reconstruction) is {gaps.mean():.1%} from the optimum on average, {gaps.max():.1%} at worst.")
-    print(f"energy_J_per_token: memory accesses, without link and compute. Assumed, not sourced: {front['assumed'].iloc[0]}.")
+    print(f"energy_J_per_tok: memory accesses, without link and compute. Assumed, not sourced: {front['assumed'].iloc[0]}.")
     print(f"Written: {arguments.out} (front), {everything} (all), {picture}; rerun a row: memsplit rerun {arguments.out} --row 0")
     return 130 if designs.attrs["interrupted"] else 0
 

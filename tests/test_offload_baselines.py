@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from memsplit.models import Workload
-from memsplit.models.offload import OffloadMachine, offload_layers
-from memsplit.models.offload_baselines import OffloadBaseline, generation, offload_baselines, prefill_flops, state_cache
+from memsplit.models.offload import OffloadMachine, gpu_overhead, offload_layers
+from memsplit.models.offload_baselines import OffloadBaseline, generation, offload_baselines, prefill_flops
 from memsplit.models.offload_profiles import DATASHEET, FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER
 from memsplit.models.presets import LLAMA2_70B, OPT_6_7B, OPT_30B, SYSTEMS
 from memsplit.models.units import GB
@@ -90,7 +90,7 @@ def test_the_cache_is_what_weights_and_buffers_leave():
     h, tokens = 7168, 640
     expected = 0.92 * 24 * GB - 1.5 * GB - 2 * 24 * h * h - 2 * 50272 * h - 2 * 16 * tokens * 4 * h
     machine = OffloadMachine.build(RTX, HYBRIDSERVE_PAPER)
-    assert state_cache(served(), machine, tokens) == pytest.approx(expected, rel=1e-12)  # sums in another order
+    assert machine.gpu_capacity - gpu_overhead(served(), tokens) == pytest.approx(expected, rel=1e-12)  # sums in another order
 
 
 def test_a_host_too_small_is_said_to_be():
@@ -109,7 +109,7 @@ def test_a_generation_is_the_sum_of_its_steps():
     # The staging buffers are those of the longest context, 102 tokens, in both.
     machine = OffloadMachine.build(RTX, HYBRIDSERVE_PAPER)
     (layer,) = offload_layers(served())
-    cache = state_cache(served(), machine, 102) / OPT_30B.num_hidden_layers
+    cache = (machine.gpu_capacity - gpu_overhead(served(), 102)) / OPT_30B.num_hidden_layers
     times = ALL["kv_only"].layer_time(layer, machine, np.array([100.0, 101.0]), cache)
     assert two == pytest.approx(OPT_30B.num_hidden_layers * times.sum(), rel=1e-12)  # sums in another order
 
