@@ -15,7 +15,7 @@ from .offload_profiles import DATASHEET, FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAP
 from .placement import PlacementPlan, PlacementProblem
 from .placement_t4 import FLEXGEN_T4, FLEXGEN_T4_FAST_DISK, PlacementProfile
 from .profiles import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3, Profile
-from .recompute_split import RecomputeSplitPlan, RecomputeSplitProblem
+from .recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitGeneration, best_splits, split_generation
 from .workload import Kernel, Workload, kernels
 
 __all__ = [
@@ -59,11 +59,14 @@ __all__ = [
     "RatioLayer",
     "RecomputeSplitPlan",
     "RecomputeSplitProblem",
+    "SplitGeneration",
     "Split",
     "System",
     "TransitionCost",
     "Workload",
     "kernels",
+    "best_splits",
     "offload_layers",
     "offload_ratios",
+    "split_generation",
 ]
