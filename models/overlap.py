@@ -201,8 +201,9 @@ def lowest(constants: Array, slopes: Array, most: ArrayLike = 1.0) -> Array:
     i, j = _pairs(len(constants))
     with np.errstate(divide="ignore", invalid="ignore"):
         crossings = (constants[i] - constants[j]) / (slopes[j] - slopes[i])
-    crossings = np.where(np.isfinite(crossings), np.minimum(np.maximum(crossings, 0.0), end), 0.0)
-    places = np.concatenate([np.zeros((1, *end.shape)), end[None], crossings])
+    places = np.zeros((2 + len(crossings), *end.shape))
+    places[1] = end
+    np.copyto(places[2:], np.minimum(np.maximum(crossings, 0.0), end), where=np.isfinite(crossings))
     heights = constants[0] + slopes[0] * places
     for line in range(1, len(constants)):  # one after the other: an array of all heights would be ten times as large
         np.maximum(heights, constants[line] + slopes[line] * places, out=heights)
@@ -217,7 +218,7 @@ def _arrays(*values: ArrayLike) -> tuple[Array, ...]:
 def _stacked(lines: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     """Lines of scalars, the case of one design, are stacked without the machinery of broadcasting, which takes most of its time."""
     parts = [part for line in lines for part in line]
-    if any(np.ndim(part) for part in parts):
+    if any(part.shape for part in parts):
         parts = list(np.broadcast_arrays(*parts))
     return np.array(parts[::2]), np.array(parts[1::2])
 

@@ -252,6 +252,21 @@ class RecomputeSplitProblem:
         return f"{' and '.join(short)}; {', or '.join(ways)}"
 
 
+_NEIGHBOURS = np.array([0.0, 1.0])
+
+
+def _whole_limits(contexts: ArrayLike, most: ArrayLike | None) -> tuple[Array, Array]:
+    """Contexts and limits that are whole numbers of tokens, of one shape."""
+    tokens = np.asarray(contexts, dtype=np.float64)
+    limit = tokens if most is None else np.asarray(most, dtype=np.float64)
+    if not np.all(np.isfinite(tokens) & (tokens >= 0) & (tokens == np.floor(tokens))):
+        raise ValueError(f"best_splits: contexts must be whole numbers of tokens, at least 0, not {contexts!r}")
+    if not np.all((limit >= 0) & (limit <= tokens) & (limit == np.floor(limit))):
+        raise ValueError("best_splits: most must be whole numbers of tokens, at least 0 and at most the contexts; lower it")
+    tokens, limit = np.broadcast_arrays(tokens, limit)
+    return tokens, limit
+
+
 def best_splits(
     problem: RecomputeSplitProblem, contexts: ArrayLike | None = None, most: ArrayLike | None = None
 ) -> tuple[NDArray[np.int64], Array]:
@@ -261,21 +276,17 @@ def best_splits(
     ``contexts`` and ``most`` (tokens, broadcast) replace the problem's; ``most`` then is all of a context unless given. What the
     memories hold is not looked at: that is for the solvers.
     """
-    if contexts is None:
-        contexts, most = problem.context, problem.most if most is None else most
-    tokens = np.asarray(contexts, dtype=np.float64)
-    limit = tokens if most is None else np.asarray(most, dtype=np.float64)
-    if not np.all(np.isfinite(tokens) & (tokens >= 0) & (tokens == np.floor(tokens))):
-        raise ValueError(f"best_splits: contexts must be whole numbers of tokens, at least 0, not {contexts!r}")
-    if not np.all((limit >= 0) & (limit <= tokens) & (limit == np.floor(limit))):
-        raise ValueError("best_splits: most must be whole numbers of tokens, at least 0 and at most the contexts; lower it")
-    tokens, limit = np.broadcast_arrays(tokens, limit)
+    if contexts is None and most is None:
+        tokens, limit = np.asarray(float(problem.context)), np.asarray(float(problem.most))
+    else:
+        tokens, limit = _whole_limits(problem.context if contexts is None else contexts, most)
     some = np.maximum(tokens, 1)
     splits, seconds = [], np.zeros(tokens.shape)
     for index, layer in enumerate(problem.layers):
-        below = np.floor(lowest(*problem.lines(index, tokens), limit / some) * some)
-        near = np.minimum(np.stack([below, below + 1]), limit)
-        times = problem.layer_time(index, near, tokens)
+        constants, slopes = problem.lines(index, tokens)
+        below = np.floor(lowest(constants, slopes, limit / some) * some)
+        near = np.minimum(below + _NEIGHBOURS.reshape(2, *(1,) * below.ndim), limit)
+        times = (constants[:, None] + slopes[:, None] * (near / some)).max(axis=0)
         above = times[1] < times[0]
         splits.append(np.where(above, near[1], near[0]).astype(np.int64))
         seconds = seconds + layer.layers * np.where(above, times[1], times[0])
