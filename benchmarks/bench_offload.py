@@ -35,9 +35,9 @@ def main() -> list[dict[str, Any]]:
     closed = ClosedFormSplit()
     contexts = np.arange(1, 4097)
     rows = [
-        _row("recompute split, closed form, one problem", _median(lambda: best_splits(split), 500) * 1e6, "us", None),
+        _row("recompute split, one problem", _median(lambda: best_splits(split), 500) * 1e6, "us", None),
         _row(
-            "recompute split, closed form, each of 4096 contexts",
+            "recompute split, each of 4096 contexts",
             _median(lambda: best_splits(split, contexts), 20) / 4096 * 1e6,
             "us",
             50.0,

@@ -98,7 +98,7 @@ def solve_patterns(
 def _sum(cp_model: Any, x: Sequence[Any], numbers: Array) -> Any:
     """The weighted sum of the variables whose numbers are not 0."""
     used = np.flatnonzero(numbers)
-    return cp_model.LinearExpr.weighted_sum([x[j] for j in used], numbers[used].astype(np.int64))
+    return cp_model.LinearExpr.weighted_sum([x[j] for j in used.tolist()], numbers[used].astype(np.int64))
 
 
 def _solve(solver: Any, model: Any) -> Any:

@@ -19,15 +19,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..models.cache_ratio import CacheRatioPlan, CacheRatioProblem
-from ..models.roofline import Array
 from ._program import Program, ProgramAnswer, relaxation
-from .kernel_mapping import _check_settings
-from .result import SolverResult, finish
+from .result import SolverResult, check_settings, finish
 
 MOST_COMBINATIONS = 50_000_000
 """Pairs of ACT counts on GPU and host that ``EnumerationRatio`` looks at at most: about five seconds."""
@@ -56,7 +55,7 @@ class LpRatio:
     def solve(self, problem: CacheRatioProblem, /) -> SolverResult[CacheRatioPlan]:
         """The best rounded plan, and the relaxation's bound."""
         started = time.perf_counter()
-        _check_settings(self.relative_gap, None)
+        check_settings(self.relative_gap, None)
         if not problem.possible:
             return finish(self, problem, None, started=started, infeasible=True)
         relaxed = _relaxations(problem)
@@ -86,7 +85,7 @@ class MilpRatio:
         def run(program: Program, limit: float | None) -> ProgramAnswer:
             return solve_program(program, relative_gap=self.relative_gap, time_limit=limit, seed=self.seed)
 
-        _check_settings(self.relative_gap, self.time_limit)
+        check_settings(self.relative_gap, self.time_limit)
         return _integer(self, problem, run)
 
 
@@ -106,7 +105,7 @@ class CpSatRatio:
         def run(program: Program, limit: float | None) -> ProgramAnswer:
             return solve_program(program, relative_gap=self.relative_gap, scale=1.0, time_limit=limit, threads=self.threads, seed=self.seed)
 
-        _check_settings(self.relative_gap, self.time_limit, self.threads)
+        check_settings(self.relative_gap, self.time_limit, self.threads)
         return _integer(self, problem, run)
 
 
@@ -238,7 +237,7 @@ def _sums(problem: CacheRatioProblem) -> tuple[float, float, float, float]:
     )
 
 
-def _best_pair(problem: CacheRatioProblem, act_gpu: Array, *, beside: bool = True) -> CacheRatioPlan | None:
+def _best_pair(problem: CacheRatioProblem, act_gpu: NDArray[Any], *, beside: bool = True) -> CacheRatioPlan | None:
     """The fastest plan with one of the ``act_gpu`` counts and any ACT count on the host; None if none fits. ``beside``: KV may fill what
     ACT leaves of the GPU."""
     first = act_gpu[:, None].astype(np.int64)

@@ -26,7 +26,7 @@ from ..models.roofline import Array
 from ._columns import Dual, IntegerSolver, close, column_generation, lagrangian
 from ._patterns import pattern_form, plan_of
 from ._two_way import TwoWay, solve_two_way
-from .result import SolverResult, Status, finish
+from .result import SolverResult, Status, check_settings, finish
 
 MOST_COMBINATIONS = 4_000_000
 """Combinations of all kinds but one that ``TableMapping`` looks at at most."""
@@ -175,7 +175,7 @@ class ConvexMapping:
     def solve(self, problem: KernelMappingProblem, /) -> SolverResult[KernelMappingPlan]:
         """A plan, its bound, and the worth of capacity; ValueError for more than two memories."""
         started = time.perf_counter()
-        _check_settings(self.relative_gap, self.time_limit)
+        check_settings(self.relative_gap, self.time_limit)
         seconds, pages = problem.tables.two_way()
         depth = np.array([kind.layers if problem.grouped else 1 for kind in problem.kinds])
         number = np.array([1 if problem.grouped else kind.layers for kind in problem.kinds])
@@ -220,7 +220,7 @@ class PatternMapping:
     def solve(self, problem: KernelMappingProblem, /) -> SolverResult[KernelMappingPlan]:
         """A plan, its proven bound, and the worth of capacity."""
         started = time.perf_counter()
-        _check_settings(self.relative_gap, self.time_limit)
+        check_settings(self.relative_gap, self.time_limit)
         dual = column_generation(pattern_form(problem))
         return _closed(self, problem, dual, _either(), started=started, threads=1)
 
@@ -264,7 +264,7 @@ def _integer_program(
     solver: MilpMapping | CpSatMapping, problem: KernelMappingProblem, integer: IntegerSolver
 ) -> SolverResult[KernelMappingPlan]:
     started = time.perf_counter()
-    _check_settings(solver.relative_gap, solver.time_limit, solver.threads)
+    check_settings(solver.relative_gap, solver.time_limit, solver.threads)
     form = pattern_form(problem)
     if sum(len(times) for times in form.times) > MOST_COLUMNS:
         return _closed(solver, problem, column_generation(form), integer, started=started, threads=solver.threads)
@@ -335,12 +335,3 @@ def _cpsat() -> IntegerSolver:
 
 def _per_byte(problem: KernelMappingProblem, worth: Array) -> tuple[float, ...]:
     return tuple((worth / problem.page).tolist())
-
-
-def _check_settings(relative_gap: float, time_limit: float | None, threads: int = 1) -> None:
-    if not 0 <= relative_gap < 1:
-        raise ValueError(f"relative_gap must be at least 0 and below 1, not {relative_gap!r}; 1e-6 is a good choice")
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit must be above 0 s, not {time_limit!r}; None means no limit")
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads!r}")

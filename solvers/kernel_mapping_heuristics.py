@@ -17,8 +17,7 @@ from ..models.kernel_mapping import KernelMappingPlan, KernelMappingProblem
 from ..models.roofline import Array
 from ._columns import close, column_generation
 from ._patterns import PatternAnswer, pattern_form, plan_of
-from .kernel_mapping import _check_settings
-from .result import SolverResult, finish
+from .result import SolverResult, check_settings, finish
 
 NEAR_ENOUGH = 1e-6
 """Relative gap of the integer programs inside heuristics."""
@@ -147,7 +146,7 @@ def _best_of(
     from ._integer import solve_patterns
 
     started = time.perf_counter()
-    _check_settings(NEAR_ENOUGH, solver.time_limit)
+    check_settings(NEAR_ENOUGH, solver.time_limit)
     form = pattern_form(problem, masks)
     possible = all(mask.any() for mask in masks)
     dual = column_generation(form) if possible else None

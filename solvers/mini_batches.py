@@ -24,8 +24,7 @@ import numpy as np
 
 from ..models.mini_batches import MiniBatchPlan, MiniBatchProblem
 from ._program import Program, ProgramAnswer
-from .kernel_mapping import _check_settings
-from .result import SolverResult, finish
+from .result import SolverResult, check_settings, finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ class MilpBatches:
         def run(program: Program, limit: float | None) -> ProgramAnswer:
             return solve_program(program, relative_gap=self.relative_gap, time_limit=limit, seed=self.seed)
 
-        _check_settings(self.relative_gap, self.time_limit)
+        check_settings(self.relative_gap, self.time_limit)
         return _integer(self, problem, run)
 
 
@@ -102,7 +101,7 @@ class CpSatBatches:
         def run(program: Program, limit: float | None) -> ProgramAnswer:
             return solve_program(program, relative_gap=self.relative_gap, scale=1.0, time_limit=limit, threads=self.threads, seed=self.seed)
 
-        _check_settings(self.relative_gap, self.time_limit, self.threads)
+        check_settings(self.relative_gap, self.time_limit, self.threads)
         return _integer(self, problem, run)
 
 

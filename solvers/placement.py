@@ -27,8 +27,7 @@ import numpy as np
 from ..models.placement import TIER_OF_PEAK, PlacementCoefficients, PlacementPlan, PlacementProblem, Shares
 from ..models.roofline import Array
 from ._program import Program, ProgramAnswer, relaxation
-from .kernel_mapping import _check_settings
-from .result import SolverResult, finish
+from .result import SolverResult, check_settings, finish
 
 MARGINS = (0.0, 1e-7, 1e-6)
 """Shares of the memory left free, tried in turn: a linear program holds its rows only within 1e-7, a plan has to fit."""
@@ -268,7 +267,7 @@ def _branch(
 ) -> SolverResult[PlacementPlan]:
     """Best first over ranges (GPU batch size, least, most GPU batches); each is bounded by its program and split where that points."""
     started = time.perf_counter()
-    _check_settings(relative_gap, time_limit)
+    check_settings(relative_gap, time_limit)
     search = _Search(problem, solve, math.inf if time_limit is None else started + time_limit)
     coefficients = {size: problem.coefficients(size) for size in problem.gpu_batch_sizes}
     heap: list[tuple[float, int, int, float, float]] = []

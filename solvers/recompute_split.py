@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from ..models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, best_splits
 from ..models.roofline import Array
 from ._program import Program, ProgramAnswer, relaxation
-from .kernel_mapping import _check_settings
-from .result import SolverResult, finish
+from .result import SolverResult, check_settings, finish
 
 MOST_COMBINATIONS = 4_000_000
 """Plans that are listed at most."""
@@ -87,7 +86,7 @@ class MilpSplit:
         def answer(program: Program, _: float) -> ProgramAnswer:
             return solve_program(program, relative_gap=self.relative_gap, time_limit=self.time_limit, seed=self.seed)
 
-        _check_settings(self.relative_gap, self.time_limit)
+        check_settings(self.relative_gap, self.time_limit)
         return _by_program(self, problem, answer)
 
 
@@ -109,7 +108,7 @@ class CpSatSplit:
                 program, relative_gap=self.relative_gap, scale=scale, time_limit=self.time_limit, threads=self.threads, seed=self.seed
             )
 
-        _check_settings(self.relative_gap, self.time_limit, self.threads)
+        check_settings(self.relative_gap, self.time_limit, self.threads)
         return _by_program(self, problem, answer)
 
 

@@ -111,3 +111,13 @@ def finish(
         message=message,
         capacity_worth=capacity_worth,
     )
+
+
+def check_settings(relative_gap: float, time_limit: float | None, threads: int = 1) -> None:
+    """The settings that exact solvers share; ValueError in one sentence."""
+    if not 0 <= relative_gap < 1:
+        raise ValueError(f"relative_gap must be at least 0 and below 1, not {relative_gap!r}; 1e-6 is a good choice")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit must be above 0 s, not {time_limit!r}; None means no limit")
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads!r}")

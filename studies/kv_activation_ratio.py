@@ -25,6 +25,7 @@ from memsplit.models.mini_batches import MiniBatchProblem
 from memsplit.models.offload_profiles import DATASHEET, FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER, OffloadProfile
 from memsplit.models.presets import LLMS, SYSTEMS, llm_named, system_named
 from memsplit.models.units import GB
+from memsplit.solvers import Solver
 from memsplit.solvers.cache_ratio import (
     ActFirstRatio,
     CpSatRatio,
@@ -165,7 +166,7 @@ def mini_batches(system: System, workload: Workload, profile: OffloadProfile, *,
             problems[name] = MiniBatchProblem.from_cache_plan(ratio, plan, most_requests=MINI_BATCH, most_blocks=blocks)
             if name == "lognormal":
                 problems["one_form_each"] = whole_requests(ratio, plan.act_gpu + plan.act_host, blocks)
-    solvers = {
+    solvers: dict[str, Solver] = {
         "cpsat": CpSatBatches(relative_gap=1e-3, time_limit=30.0),
         "milp": MilpBatches(relative_gap=1e-3, time_limit=30.0),
         "greedy_ratio": GreedyRatioBatches(),

@@ -17,7 +17,7 @@ import pandas as pd
 from memsplit import __version__
 from memsplit.dse import positive, show, study_arguments, write_csv
 from memsplit.models import System, Workload
-from memsplit.models.cache_ratio import generation_time
+from memsplit.models.cache_ratio import Form, generation_time
 from memsplit.models.offload import OffloadMachine, offload_layers, offload_ratios
 from memsplit.models.offload_baselines import GenerationCost, OffloadBaseline, generation, offload_baselines
 from memsplit.models.offload_profiles import FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER, OffloadProfile
@@ -29,7 +29,7 @@ LLMS = ("opt-6.7b", "opt-13b", "opt-30b", "opt-66b")
 KVPR_BATCH = 16
 """Requests of a GPU batch of KVPR; those of a step share one load of the weights."""
 
-OPTIMISED = {
+OPTIMISED: dict[str, tuple[Form, str]] = {
     "hybridserve": ("act_first", "GPU memory full of activations, best split of the rest at every step"),
     "best_ratio": ("best", "best split of GPU and host memory at every step"),
 }
@@ -44,19 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for name in names:
         for prompt in prompts:
-            bits = {"weight_bits": 16, "kv_bits": 16, "activation_bits": 16}
-            workload = Workload(llm=llm_named(name), batch=arguments.batch, context=prompt, **bits)
+            workload = Workload(llm=llm_named(name), batch=arguments.batch, context=prompt, weight_bits=16, kv_bits=16, activation_bits=16)
             rows += priced(system, workload, arguments.generated)
     frame = pd.DataFrame(rows)
     best = frame[frame["method"] == "best_ratio"].set_index(["llm", "prompt_tokens"])["throughput_tok_per_s"]
-    of_best = frame.set_index(["llm", "prompt_tokens"]).index.map(best)
-    frame["best_ratio_over_it"] = (of_best / frame["throughput_tok_per_s"]).to_numpy()
+    of_best = best.loc[list(zip(frame["llm"], frame["prompt_tokens"], strict=True))].to_numpy()
+    frame["best_ratio_over_it"] = of_best / frame["throughput_tok_per_s"]
     frame = frame.assign(seed=arguments.seed, version=__version__)
     settings = {"system": system, "profiles": [HYBRIDSERVE_PAPER, FLEXGEN_ON_HYBRIDSERVE]}
     write_csv(arguments.out, frame, provenance=settings)
     for name, part in frame.groupby("llm", sort=False):
         table = part.pivot_table(index="method", columns="prompt_tokens", values="throughput_tok_per_s", sort=False)
-        show(table.reset_index(), title=f"{name}, batch {arguments.batch}, {arguments.generated} generated: token/s by prompt length")
+        show(table.reset_index(), title=f"{name!s}, batch {arguments.batch}, {arguments.generated} generated: token/s by prompt length")
     means = frame.groupby(["method", "profile"], sort=False)["best_ratio_over_it"].mean().reset_index()
     show(means, title="Best ratio over each method, mean over LLMs and prompts")
     for profile in (HYBRIDSERVE_PAPER, FLEXGEN_ON_HYBRIDSERVE):

@@ -106,7 +106,7 @@ def priced(
     )
     splits, seconds = best_splits(problem, contexts)
     fixed = {
-        name: sum(layer.layers * problem.layer_time(index, split, contexts) for index, layer in enumerate(problem.layers))
+        name: np.sum([layer.layers * problem.layer_time(index, split, contexts) for index, layer in enumerate(problem.layers)], axis=0)
         for name, split in (("transfer", np.zeros_like(contexts)), ("recompute", contexts))
     }
     rows = []
