@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pandas as pd
 
 from memsplit import __version__
 from memsplit.dse import show, study_arguments, write_csv
+from memsplit.models import OffloadMachine, OffloadRatios, Workload, offload_layers, offload_ratios
 from memsplit.models.placement import GROUP_BITS, PlacementPlan, PlacementProblem
 from memsplit.models.placement_t4 import FLEXGEN_T4, FLEXGEN_T4_FAST_DISK, PlacementProfile
-from memsplit.models.presets import OPT_30B, OPT_175B
+from memsplit.models.presets import LLMS, OPT_30B, OPT_175B, T4_SYSTEM
 from memsplit.models.units import GB, GiB
 from memsplit.solvers.placement import CharnesCooperPlacement, FixedPlacement, FlexGenPlacement, PulpPlacement
 from memsplit.solvers.result import Solver
@@ -101,7 +102,17 @@ def row_of(name: str, problem: PlacementProblem, solver: Solver, bits: float, bo
             row |= {f"{data}_{tier}_share": share for tier, share in zip(("gpu", "host", "disk"), shares, strict=True)}
         row |= {f"{tier}_GB": held / GB for tier, held in zip(("gpu", "host", "disk"), cost.tier_bytes, strict=True)}
         row |= dict(zip(("longest_in_prefill", "longest_in_decode"), problem.limits(plan), strict=True))
+        row |= asdict(ratios_of(problem, plan, bits))
     return row | {"runtime_s": result.runtime}
+
+
+def ratios_of(problem: PlacementProblem, plan: PlacementPlan, bits: float) -> OffloadRatios:
+    """r, rho, w and c of a block's mean decode step at the profile's rates and the data sheet's GPU memory."""
+    context = problem.prompt + problem.generated // 2
+    workload = Workload(llm=LLMS[problem.name], batch=plan.block, context=context, weight_bits=bits, kv_bits=bits, activation_bits=16)
+    profile = problem.profile
+    machine = replace(OffloadMachine.build(T4_SYSTEM), peak=profile.gemm_decode, to_device=profile.to_device)
+    return offload_ratios(offload_layers(workload)[0], machine, plan.block * context)
 
 
 def meaning(frame: pd.DataFrame) -> list[str]:
