@@ -15,9 +15,12 @@ from typing import Any
 
 from memsplit.dse import Objective, OffloadScore, explore, plot_front, positive, show, study_arguments, write_csv
 from memsplit.models import System, Workload
-from memsplit.models.offload_profiles import HYBRIDSERVE_PAPER
+from memsplit.models.offload_profiles import DATASHEET, HYBRIDSERVE_PAPER
 from memsplit.models.presets import llm_named, system_named
 from memsplit.models.units import GB, TB, TFLOPS
+
+FITTED = "rtx4090_pcie4"
+"""The machine that has a fitted profile; others are priced by their data sheet alone."""
 
 OBJECTIVES = [Objective("throughput_tok_per_s", "maximize"), Objective("memory_usd"), Objective("energy_J_per_tok")]
 
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unpriced = [tier.name for tier in system.tiers[:2] if tier.cost is None or tier.energy is None]
     if unpriced:
         raise ValueError(f"system {system.name!r}: tier {unpriced[0]!r} needs cost and energy to be searched; add both to the data sheet")
-    score = OffloadScore(profile=HYBRIDSERVE_PAPER)
+    score = OffloadScore(profile=HYBRIDSERVE_PAPER if arguments.system == FITTED else DATASHEET)
     trials = 40 if arguments.quick else arguments.trials
     print(f"{trials} designs around {system}, {llm.name} at context {workload.context}, 16 bit; profile {score.profile.name}")
     designs = explore(
@@ -91,7 +94,7 @@ def _steps(value: float, step: int) -> tuple[int, int]:
 
 
 def _extra(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", default="rtx4090_pcie4", help="data sheet (.toml) or a machine's name (default: %(default)s)")
+    parser.add_argument("--system", default=FITTED, help="data sheet (.toml) or a machine's name (default: %(default)s)")
     parser.add_argument("--llm", default="opt-30b", help="Hugging Face config.json or an LLM's name (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=64, help="requests around which is searched (default: %(default)s)")
     parser.add_argument("--context", type=positive, default=1024, help="tokens a request (default: %(default)s)")
