@@ -20,12 +20,15 @@ from memsplit.models import System, Workload
 from memsplit.models.cache_ratio import Form, generation_time
 from memsplit.models.offload import OffloadMachine, offload_layers, offload_ratios
 from memsplit.models.offload_baselines import GenerationCost, OffloadBaseline, generation, offload_baselines
-from memsplit.models.offload_profiles import FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER, OffloadProfile
+from memsplit.models.offload_profiles import DATASHEET, FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER, OffloadProfile
 from memsplit.models.presets import llm_named, system_named
 from memsplit.models.recompute_split import RecomputeSplitProblem, split_generation
 
 PROMPTS = (128, 256, 512, 1024, 1920)
 LLMS = ("opt-6.7b", "opt-13b", "opt-30b", "opt-66b")
+FITTED = "rtx4090_pcie4"
+"""The machine that has fitted profiles; on others every method runs at the rates of the data sheet."""
+
 KVPR_BATCH = 16
 """Requests of a GPU batch of KVPR; those of a step share one load of the weights."""
 
@@ -39,64 +42,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the study: one row for each LLM, prompt and method."""
     arguments = study_arguments(__doc__ or "", argv, default_out="offload_throughput.csv", extra=_extra)
     system = system_named(arguments.system)
+    profile, flexgen = (HYBRIDSERVE_PAPER, FLEXGEN_ON_HYBRIDSERVE) if arguments.system == FITTED else (DATASHEET, DATASHEET)
     names = arguments.llm or list(LLMS[:2] if arguments.quick else LLMS)
     prompts = PROMPTS[::2] if arguments.quick else PROMPTS
     rows = []
     for name in names:
         for prompt in prompts:
             workload = Workload(llm=llm_named(name), batch=arguments.batch, context=prompt, weight_bits=16, kv_bits=16, activation_bits=16)
-            rows += priced(system, workload, arguments.generated)
+            rows += priced(system, workload, arguments.generated, profile, flexgen)
     frame = pd.DataFrame(rows)
     best = frame[frame["method"] == "best_ratio"].set_index(["llm", "prompt_tokens"])["throughput_tok_per_s"]
     of_best = best.loc[list(zip(frame["llm"], frame["prompt_tokens"], strict=True))].to_numpy()
     frame["best_ratio_over_it"] = of_best / frame["throughput_tok_per_s"]
     frame = frame.assign(seed=arguments.seed, version=__version__)
-    settings = {"system": system, "profiles": [HYBRIDSERVE_PAPER, FLEXGEN_ON_HYBRIDSERVE]}
+    settings = {"system": system, "profiles": [profile, flexgen]}
     write_csv(arguments.out, frame, provenance=settings)
     for name, part in frame.groupby("llm", sort=False):
         table = part.pivot_table(index="method", columns="prompt_tokens", values="throughput_tok_per_s", sort=False)
         show(table.reset_index(), title=f"{name!s}, batch {arguments.batch}, {arguments.generated} generated: token/s by prompt length")
     means = frame.groupby(["method", "profile"], sort=False)["best_ratio_over_it"].mean().reset_index()
     show(means, title="Best ratio over each method, mean over LLMs and prompts")
-    for profile in (HYBRIDSERVE_PAPER, FLEXGEN_ON_HYBRIDSERVE):
-        print(f"profile {profile.name}: fitted on {profile.fitted_on}.")
+    for one in dict.fromkeys((profile, flexgen)):
+        print(f"profile {one.name}: " + (f"fitted on {one.fitted_on}." if one.fitted_on else "nothing fitted."))
     notes = frame.loc[frame["note"] != "", ["method", "note"]].drop_duplicates()
     for method, note in notes.itertuples(index=False):
         print(f"{method}: {note}.")
     host = system.tiers[1]
-    print(
-        f"cpu_attention reads at all of the host's {host.bandwidth / 1e9:g} GB/s, which the data sheet says; no CPU has been measured here."
-    )
+    print(f"cpu_attention reads at all of the host's {host.bandwidth / 1e9:g} GB/s, as its data sheet states or assumes.")
     print(f"Written: {arguments.out}")
     return 0
 
 
-def priced(system: System, workload: Workload, generated: int) -> list[dict[str, Any]]:
-    """A row for each method at one LLM and prompt."""
+def priced(system: System, workload: Workload, generated: int, profile: OffloadProfile, flexgen: OffloadProfile) -> list[dict[str, Any]]:
+    """A row for each method at one LLM and prompt, at the rates of ``profile``, FlexGen at its own."""
     rows = []
-    for name, baseline in offload_baselines(HYBRIDSERVE_PAPER, FLEXGEN_ON_HYBRIDSERVE).items():
+    for name, baseline in offload_baselines(profile, flexgen).items():
         cost = generation(system, workload, baseline, generated=generated)
         rows.append(_row(system, workload, generated, name, cost, baseline.profile, baseline.note))
     cost, note = (
-        kvpr(system, workload, generated),
+        kvpr(system, workload, generated, profile),
         f"staged, GPU batches of at most {KVPR_BATCH} requests, best split of the prompt at every step",
     )
-    rows.append(_row(system, workload, generated, "kvpr", cost, HYBRIDSERVE_PAPER, note))
+    rows.append(_row(system, workload, generated, "kvpr", cost, profile, note))
     for name, (form, note) in OPTIMISED.items():
         prompt = workload.context
-        cost = generation_time(system, workload, prompt=prompt, generated=generated, profile=HYBRIDSERVE_PAPER, form=form)
-        rows.append(_row(system, workload, generated, name, cost, HYBRIDSERVE_PAPER, note))
+        cost = generation_time(system, workload, prompt=prompt, generated=generated, profile=profile, form=form)
+        rows.append(_row(system, workload, generated, name, cost, profile, note))
     return rows
 
 
-def kvpr(system: System, workload: Workload, generated: int) -> GenerationCost:
+def kvpr(system: System, workload: Workload, generated: int, profile: OffloadProfile) -> GenerationCost:
     """KVPR with streamed weights: all keys and values on the host, and activations of what is recomputed (all of the prompt, at most)."""
     size = next(size for size in range(min(KVPR_BATCH, workload.batch), 0, -1) if workload.batch % size == 0)
     problem = RecomputeSplitProblem.build(
-        system, replace(workload, batch=size), profile=HYBRIDSERVE_PAPER, weights="host", batches=workload.batch // size
+        system, replace(workload, batch=size), profile=profile, weights="host", batches=workload.batch // size
     )
     decode = split_generation(problem, generated=generated).best
-    whole = generation(system, workload, OffloadBaseline(name="kvpr", rule="in_turn", profile=HYBRIDSERVE_PAPER), generated=generated)
+    whole = generation(system, workload, OffloadBaseline(name="kvpr", rule="in_turn", profile=profile), generated=generated)
     acts = workload.llm.num_hidden_layers * workload.batch * workload.context * problem.layers[0].act_bytes
     throughput = workload.batch * generated / (whole.prefill + decode)
     return replace(whole, decode=decode, throughput=throughput, host_bytes=whole.host_bytes + acts)
@@ -129,7 +131,7 @@ def _row(
 
 
 def _extra(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", default="rtx4090_pcie4", help="data sheet (.toml) or a machine's name (default: %(default)s)")
+    parser.add_argument("--system", default=FITTED, help="data sheet (.toml) or a machine's name (default: %(default)s)")
     parser.add_argument("--llm", action="append", help=f"config.json or an LLM's name, may be repeated (default: {', '.join(LLMS)})")
     parser.add_argument("--batch", type=positive, default=128, help="requests (default: %(default)s)")
     parser.add_argument("--generated", type=positive, default=128, help="new tokens of each request (default: %(default)s)")
