@@ -277,7 +277,7 @@ def best_splits(
     memories hold is not looked at: that is for the solvers.
     """
     if contexts is None and most is None:
-        tokens, limit = np.asarray(float(problem.context)), np.asarray(float(problem.most))
+        tokens, limit = np.float64(problem.context), np.float64(problem.most)
     else:
         tokens, limit = _whole_limits(problem.context if contexts is None else contexts, most)
     some = np.maximum(tokens, 1)
@@ -286,7 +286,7 @@ def best_splits(
         constants, slopes = problem.lines(index, tokens)
         below = np.floor(lowest(constants, slopes, limit / some) * some)
         near = np.minimum(below + _NEIGHBOURS.reshape(2, *(1,) * below.ndim), limit)
-        times = (constants[:, None] + slopes[:, None] * (near / some)).max(axis=0)
+        times = np.maximum.reduce(constants[:, None] + slopes[:, None] * (near / some))
         above = times[1] < times[0]
         splits.append(np.where(above, near[1], near[0]).astype(np.int64))
         seconds = seconds + layer.layers * np.where(above, times[1], times[0])
