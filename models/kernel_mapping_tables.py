@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ from .llm import LLMConfig
 from .paging import Pages, capacity_pages, page_count, page_walk_time
 from .profiles import Profile
 from .roofline import Array, compute_time, matrix_peak, memory_time
+from .systems import Systems, as_systems
 from .workload import Kernel, Workload, kernels
 
 Granularity = Literal["kv_head", "query_head"]
@@ -113,15 +114,17 @@ class KernelMappingTables:
 
     @classmethod
     def build(
-        cls, systems: Sequence[System], workload: Workload, *, profile: Profile, granularity: Granularity = "kv_head"
+        cls, systems: Systems | Sequence[System], workload: Workload, *, profile: Profile, granularity: Granularity = "kv_head"
     ) -> KernelMappingTables:
         """Tables of one workload on D systems that differ in numbers only (same tiers, units and links)."""
+        systems = as_systems(systems)
         if granularity not in ("kv_head", "query_head"):
             raise ValueError(f"granularity must be 'kv_head' or 'query_head', not {granularity!r}")
-        tier_names, lanes = _lanes(systems)
+        tier_names, lanes = systems.base.tier_names, _lanes(systems)
         alone = [[lane for lane in lanes if lane.tiers == (t,)] for t in range(len(tier_names))]
         common = [lane for lane in lanes if len(lane.tiers) > 1]
-        page = _column(systems, lambda system: [tier.page for tier in system.tiers]).astype(np.int64)
+        page = systems.values("tiers", "page").astype(np.int64)
+        capacity = capacity_pages(systems.values("tiers", "capacity"), page)
         sublayers = _sublayers(workload, granularity)
         shape = (len(systems), len(sublayers), len(tier_names), max(kind.slices for kind, _ in sublayers) + 1)
         seconds = np.full(shape, np.inf)
@@ -139,7 +142,7 @@ class KernelMappingTables:
                 pages[:, k, t, kind.slices + 1 :] = pages[:, k, t, [kind.slices]]
                 traffic[n] = side.weights + side.state
                 walks = page_walk_time(pages[n], profile.page_walk, profile.page_walks)
-                seconds[n] = np.maximum.reduce([lane.seconds(side) for lane in alone[t]]) + walks + side.all_reduce
+                seconds[n] = reduce(np.maximum, [lane.seconds(side) for lane in alone[t]]) + walks + side.all_reduce
                 for s, lane in enumerate(common):
                     if t in lane.tiers:
                         shared[:, k, s, t, : kind.slices + 1] = lane.seconds(side)
@@ -151,8 +154,8 @@ class KernelMappingTables:
             pages=pages,
             traffic=traffic,
             t_sync=profile.t_sync,
-            capacity=capacity_pages(_column(systems, lambda system: [tier.capacity for tier in system.tiers]), page),
-            page=page,
+            capacity=np.ascontiguousarray(np.broadcast_to(capacity, (len(systems), len(tier_names)))),
+            page=np.ascontiguousarray(np.broadcast_to(page, (len(systems), len(tier_names)))),
         )
 
 
@@ -252,20 +255,16 @@ class _Lane:
     seconds: Callable[[_Side], Array]
 
 
-def _lanes(systems: Sequence[System]) -> tuple[tuple[str, ...], list[_Lane]]:
-    """Tier names, and the memories, units and links of systems of one structure."""
-    first = systems[0]
+def _lanes(systems: Systems) -> list[_Lane]:
+    """The memories, units and links of machines of one structure."""
+    first = systems.base
     names = first.tier_names
-    for system in systems:
-        if _structure(system) != _structure(first):
-            raise ValueError(f"systems {first.name!r} and {system.name!r} differ in tiers, units or links; build tables for each structure")
-    bandwidth = _column(systems, lambda system: [tier.bandwidth for tier in system.tiers])
+    bandwidth = systems.values("tiers", "bandwidth")
     lanes = [_Lane(tiers=(t,), seconds=partial(_Side.memory_time, bandwidth=bandwidth[:, [t]])) for t in range(len(names))]
     consumers = [first.consumer(name) for name in names]
-    matrix = _column(systems, lambda system: [unit.matrix_peak for unit in system.units])[:, None, :]
-    vector = _column(systems, lambda system: [unit.vector_peak for unit in system.units])[:, None, :]
-    tile = _column(systems, lambda system: [unit.tile or 1 for unit in system.units])[:, None, :]
-    speed = _column(systems, lambda system: [link.bandwidth * link.efficiency for link in system.links])
+    matrix, vector, tile = (systems.values("units", field)[:, None, :] for field in ("matrix_peak", "vector_peak", "tile"))
+    tile = np.where(np.isnan(tile), 1.0, tile)
+    speed = systems.values("links", "bandwidth") * systems.values("links", "efficiency")
     for consumer in dict.fromkeys(end for end, _ in consumers):
         on = np.s_[:, :, [u for u, unit in enumerate(first.units) if unit.tier == consumer]]
         served = tuple(t for t, (end, _) in enumerate(consumers) if end == consumer)
@@ -273,17 +272,7 @@ def _lanes(systems: Sequence[System]) -> tuple[tuple[str, ...], list[_Lane]]:
     for used in dict.fromkeys(link for _, links in consumers for link in links):
         crossing = tuple(t for t, (_, links) in enumerate(consumers) if used in links)
         lanes.append(_Lane(tiers=crossing, seconds=partial(_Side.memory_time, bandwidth=speed[:, [first.links.index(used)]])))
-    return names, lanes
-
-
-def _structure(system: System) -> tuple[object, ...]:
-    routes = tuple((end, tuple((link.source, link.target) for link in links)) for end, links in map(system.consumer, system.tier_names))
-    links = tuple((link.source, link.target) for link in system.links)
-    return (system.tier_names, tuple((unit.name, unit.tier) for unit in system.units), links, routes)
-
-
-def _column(systems: Sequence[System], values: Callable[[System], Sequence[float]]) -> Array:
-    return np.array([values(system) for system in systems], dtype=np.float64)
+    return lanes
 
 
 def _added(terms: Sequence[Any]) -> Any:
