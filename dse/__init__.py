@@ -8,7 +8,7 @@ from .explore import Constraint, explore
 from .mapping_score import MappingScore
 from .offload_score import OffloadScore
 from .pareto import Objective, hypervolume, non_dominated, pareto
-from .plots import plot_front
+from .plots import plot_front, plot_lines
 from .rerun import rerun
 from .speedup import H2M2_SWEEPS, Method, h2m2_methods, speedups
 from .study import positive, served, serving_arguments, show, study_arguments
@@ -30,6 +30,7 @@ __all__ = [
     "non_dominated",
     "pareto",
     "plot_front",
+    "plot_lines",
     "positive",
     "read_designs",
     "rerun",

@@ -36,6 +36,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9.5,
 }
 _BLUE, _GREY, _DARK = "#1f5fa8", "#cdd1d6", "#333333"
+_LINES = (_BLUE, "#d1662b", "#3a8f5c", "#8a4fa3", "#b3932c", "#5b6770", "#c2476b", "#2ba3b0")  # told apart without red against green
 
 
 def plot_front(
@@ -96,6 +97,40 @@ def plot_front(
         axis_y.dress(axes.yaxis)
         axes.grid(color="#e9ebee", linewidth=0.8)
         axes.legend(frameon=False)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=200)
+    return path
+
+
+def plot_lines(frame: pd.DataFrame, path: str | Path, *, x: str, y: str, by: str, title: str, band: tuple[str, str] | None = None) -> Path:
+    """Draw column ``y`` against ``x``, a line for each value of ``by`` in order of appearance, as a PNG, whole or not at all.
+
+    ``band``: columns of the lower and the upper end of a shaded range around each line. The axes carry the units of the column names and
+    are logarithmic where values span more than a factor of 8. Rows without a number are left out. Returns the path.
+    """
+    frame = frame.dropna(subset=[x, y]).sort_values(x, kind="stable")
+    if frame.empty:
+        raise ValueError(f"no row has both {x!r} and {y!r}, so there is nothing to draw")
+
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    axis_x, axis_y = (_Axis.of(Objective(name), frame[name].astype(float)) for name in (x, y))
+    path = Path(path)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (name, part) in enumerate(frame.groupby(by, sort=False)):
+            colour = _LINES[number % len(_LINES)]
+            at = part[x] / axis_x.unit
+            axes.plot(at, part[y] / axis_y.unit, color=colour, marker="o", markersize=4, linewidth=1.6, label=str(name))
+            if band is not None:
+                axes.fill_between(at, *(part[end] / axis_y.unit for end in band), color=colour, alpha=0.15, linewidth=0)
+        axes.set(xscale=axis_x.scale, yscale=axis_y.scale, title=title, xlabel=axis_x.label, ylabel=axis_y.label)
+        axis_x.dress(axes.xaxis)
+        axis_y.dress(axes.yaxis)
+        axes.grid(color="#e9ebee", linewidth=0.8)
+        axes.legend(title=by.replace("_", " "), frameon=False)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=200)
     return path

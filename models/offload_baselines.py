@@ -77,9 +77,9 @@ class OffloadBaseline:
             case "token_ids":
                 return np.maximum(weights, prefill_flops(layer, contexts) / machine.peak)
             case "cpu_attention":
-                attention = tokens * layer.kv_bytes / machine.host_bandwidth
-                if machine.cpu_peak is not None:
-                    attention = np.maximum(attention, tokens * layer.attention_flops / machine.cpu_peak)
+                if machine.cpu_peak is None:  # a host without a compute unit
+                    return np.full(np.shape(tokens), np.inf)
+                attention = np.maximum(tokens * layer.kv_bytes / machine.host_bandwidth, tokens * layer.attention_flops / machine.cpu_peak)
                 leaving = (layer.read_bytes + tokens * layer.kv_bytes) / machine.host_bandwidth
                 return np.maximum.reduce([weights + 0.0 * tokens, layer.compute_time(machine, 0.0) + attention, leaving])
 

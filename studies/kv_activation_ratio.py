@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile = HYBRIDSERVE_PAPER if arguments.system == MEASURED else DATASHEET
     workload = Workload(llm=llm, batch=arguments.batch, context=arguments.prompt, weight_bits=16, kv_bits=16, activation_bits=16)
     problem = CacheRatioProblem.build(system, workload, profile=profile)
+    resident = CacheRatioProblem.build(system, workload, profile=profile, weights="gpu")
     if not problem.possible:
         raise ValueError(f"{llm.name}, batch {workload.batch}: {problem.explain_infeasible()}")
     shares = shares_of(problem, points=6 if arguments.quick else 21)
@@ -88,8 +89,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(packed.drop(columns=["message"]), title="Mini-batches of unequal requests")
     for line in meaning(problem, shares, methods, packed):
         print(line)
+    print(about_weights(problem, resident))
     print(f"Written: {arguments.out}")
     return 0
+
+
+def about_weights(problem: CacheRatioProblem, resident: CacheRatioProblem) -> str:
+    """What streaming all weights, as HybridServe does, leaves unused; or that it is not needed."""
+    plan = LpRatio().solve(problem).unwrap()
+    cost = problem.evaluate(plan)
+    kept = LpRatio().solve(resident)
+    if kept.objective is not None and kept.objective < cost.latency:
+        return (
+            f"The weights would fit on the GPU beside enough state: kept there, a step takes {kept.objective:.4g} s instead of "
+            f"{cost.latency:.4g} s. All tables here stream them (CacheRatioProblem.build(..., weights='gpu') does not)."
+        )
+    empty = (cost.capacity[0] - cost.tier_bytes[0]) / GB
+    return f"All weights cross the link in every step; {empty:.3g} of {cost.capacity[0] / GB:.3g} GB of the GPU stay empty."
 
 
 def shares_of(problem: CacheRatioProblem, *, points: int) -> pd.DataFrame:
@@ -194,7 +210,9 @@ def meaning(problem: CacheRatioProblem, shares: pd.DataFrame, methods: pd.DataFr
     """What the tables say, in words."""
     latency, loss = (dict(zip(methods["method"], methods[column].tolist(), strict=True)) for column in ("latency_s", "loss"))
     ratios = problem.ratios
-    best = shares["act_share"].tolist()[int(shares["latency_s"].astype(float).fillna(np.inf).argmin())]
+    grid = shares["latency_s"].astype(float).fillna(np.inf)
+    equal = shares.loc[grid <= grid.min() * TIE, "act_share"]
+    best = f"{equal.min():.0%}" if len(equal) == 1 else f"any from {equal.min():.0%} to {equal.max():.0%}, all equally fast"
     pays = "smaller" if ratios.act_pays else "not smaller"
 
     def times(method: str) -> str:
@@ -202,7 +220,7 @@ def meaning(problem: CacheRatioProblem, shares: pd.DataFrame, methods: pd.DataFr
         return "do not fit" if math.isnan(found) else f"take {found / latency['cpsat']:.2f} x the optimum"
 
     lines = [
-        f"\nActivations are {pays} than keys and values (r = {ratios.r:.3g}); the best share of the grid is {best:.0%}.",
+        f"\nActivations are {pays} than keys and values (r = {ratios.r:.3g}); the best share of the grid is {best}.",
         f"All keys and values {times('kv_only')}, all activations {times('act_only')}.",
         f"Activations first on the GPU: {'optimal' if act_first_is_optimal(problem) else 'not proven optimal'} by the rule, "
         f"{loss['act_first']:.1%} above the optimum here.",
@@ -210,6 +228,7 @@ def meaning(problem: CacheRatioProblem, shares: pd.DataFrame, methods: pd.DataFr
         f"with the true number of blocks {loss['hybridserve_true_count']:.1%}.",
     ]
     if len(packed):
+        lines.append(f"Mini-batches are formed of {packed['requests'].iloc[0]} requests of unequal lengths.")
         mixed = packed["lengths"] != "one_form_each"
         for text, part in (("each request follows the best ratio", packed[mixed]), ("each request has one form", packed[~mixed])):
             first, greedy = (part.loc[part["method"] == name, "loss"].max() for name in ("first_come", "greedy_ratio"))

@@ -33,7 +33,7 @@ KVPR_BATCH = 16
 """Requests of a GPU batch of KVPR; those of a step share one load of the weights."""
 
 OPTIMISED: dict[str, tuple[Form, str]] = {
-    "hybridserve": ("act_first", "GPU memory full of activations, best split of the rest at every step"),
+    "act_first": ("act_first", "HybridServe's order: GPU memory full of activations, then the best split of the rest at every step"),
     "best_ratio": ("best", "best split of GPU and host memory at every step"),
 }
 
@@ -67,8 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes = frame.loc[frame["note"] != "", ["method", "note"]].drop_duplicates()
     for method, note in notes.itertuples(index=False):
         print(f"{method}: {note}.")
+    if flexgen != profile:
+        print(f"Only flexgen has {flexgen.name}'s link; at the link that all others have it is kv_only.")
     host = system.tiers[1]
-    print(f"cpu_attention reads at all of the host's {host.bandwidth / 1e9:g} GB/s, as its data sheet states or assumes.")
+    if any(unit.tier == host.name for unit in system.units):
+        print(f"cpu_attention reads at all of the host's {host.bandwidth / 1e9:g} GB/s, as its data sheet states or assumes.")
+    else:
+        print(f"cpu_attention is not priced: {host.name} has no compute unit; add one to the data sheet.")
+    print("All methods stream all weights in every step, even where the GPU could keep some.")
     print(f"Written: {arguments.out}")
     return 0
 

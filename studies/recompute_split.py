@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from memsplit import __version__
-from memsplit.dse import positive, show, study_arguments, write_csv
+from memsplit.dse import plot_lines, positive, show, study_arguments, write_csv
 from memsplit.models import System, Workload
 from memsplit.models.offload_profiles import DATASHEET
 from memsplit.models.presets import LLMS, SYSTEMS, llm_named, system_named
@@ -69,9 +69,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fits",
     ]
     show(frame[(frame["gpu_peak_x"] == 1) & (frame["link_x"] == 1)][shown], title=f"{llm.name} on {base.name}, as in the data sheet")
+    middle = {"context": contexts[len(contexts) // 2], "batch": arguments.batch[len(arguments.batch) // 2], "gpu_peak_x": 1.0}
+    by_link = frame[np.logical_and.reduce([frame[name] == value for name, value in middle.items()])]
+    tables = [
+        by_link.pivot_table(index="to_device_GBps", columns="template", values=column) for column in ("split_share", "gain_over_transfer")
+    ]
+    if all(len(table) for table in tables):
+        table = tables[0].join(tables[1], lsuffix="_share", rsuffix="_gain").reset_index()
+        show(table, title=f"Share recomputed and gain by link, context {middle['context']}, batch {middle['batch']}")
+    picture = arguments.out.with_suffix(".png")
+    plot_lines(
+        by_link,
+        picture,
+        x="to_device_GBps",
+        y="gain_over_transfer",
+        by="template",
+        title=f"{llm.name}, context {middle['context']}, batch {middle['batch']}: gain of the best split over sending all keys and values",
+    )
     for line in meaning(frame):
         print(line)
-    print(f"Written: {arguments.out}")
+    print(f"Written: {arguments.out}, {picture}")
     return 0
 
 
@@ -136,7 +153,7 @@ def meaning(frame: pd.DataFrame) -> list[str]:
     key = ["context", "batch", "gpu_peak_x", "link_x"]
     steps = fitting.pivot_table(index=key, columns="template", values="step_ms").dropna()
     lines = [
-        "\nMean throughput gained over sending all keys and values, where it fits: "
+        f"\nMean throughput gained over sending all keys and values, over all {len(fitting) // len(TEMPLATES)} cases of the CSV that fit: "
         + ", ".join(f"{t} {mean.get(t, 0.0):.1%}" for t in TEMPLATES)
         + "."
     ]

@@ -111,6 +111,7 @@ def priced(workload: Workload, machine: OffloadMachine) -> dict[str, Any]:
         "w": ratios.w,
         "c": ratios.c,
         "act_can_pay": ratios.act_pays,
+        "fits_on_gpu": fits_on_gpu(workload, machine),
         "host_holds_kv": workload.weight_bytes + workload.state_bytes <= machine.host_capacity,
         "best_act_share": times.share,
         "kv_only_layer_s": times.kv_only,
@@ -124,8 +125,13 @@ def priced(workload: Workload, machine: OffloadMachine) -> dict[str, Any]:
         "pays_from_context_tokens": first_context(layer, machine, least=0.0),
         "worth_it_from_context_tokens": first_context(layer, machine, least=WORTH),
         "cpu_bandwidth_to_win_over_link": None if cpu is None else cpu / machine.to_device,
-        "recommendation": recommendation(ratios, times),
+        "recommendation": recommendation(workload, machine, ratios, times),
     }
+
+
+def fits_on_gpu(workload: Workload, machine: OffloadMachine) -> bool:
+    """Whether the GPU holds all weights, keys and values, so that nothing needs to be offloaded."""
+    return workload.weight_bytes + workload.state_bytes <= machine.gpu_capacity
 
 
 def most_frequent_layer(workload: Workload) -> OffloadLayer:
@@ -238,8 +244,11 @@ def first_context(layer: OffloadLayer, machine: OffloadMachine, *, least: float)
     return int(contexts[found[0]]) if len(found) else None
 
 
-def recommendation(ratios: OffloadRatios, times: LayerTimes) -> str:
+def recommendation(workload: Workload, machine: OffloadMachine, ratios: OffloadRatios, times: LayerTimes) -> str:
     """What to do: why ACT does not pay, or what share of it; and what is faster still."""
+    if fits_on_gpu(workload, machine):
+        held = (workload.weight_bytes + workload.state_bytes) / GB
+        return f"nothing needs offloading: weights, keys and values are {held:.3g} GB and the GPU holds {machine.gpu_capacity / GB:.3g} GB"
     if not ratios.act_pays:
         text = f"does not pay: r = {ratios.r:.2f} >= 1"
     elif times.share == 0:
@@ -272,7 +281,14 @@ def explain(frame: pd.DataFrame, machine: OffloadMachine) -> None:
     print(f"ACT of {INT4:g} bits against KV of 16 can pay for these, too: {listed(revived)} (accuracy is not modelled).")
     small = frame[(frame["act_bits"] == 16) & (frame["kv_bits"] == INT4) & frame["act_can_pay"]]
     print(f"ACT of 16 bits against KV of {INT4:g} can pay for: {listed(small)}.")
+    resident = equal[equal["fits_on_gpu"]]
+    if len(resident):
+        print(f"Nothing needs offloading for {listed(resident)}: the GPU holds weights, keys and values. All times here stream both.")
+    if machine.cpu_peak is None:
+        print("Attention on the CPU is not priced: the host has no compute unit; add one to the data sheet.")
     for column, what in (("cpu_attention_layer_s", "attention on the CPU"), ("int4_kv_layer_s", f"KV of {INT4:g} bits")):
+        if column == "cpu_attention_layer_s" and machine.cpu_peak is None:
+            continue
         faster = paying[paying[column] < paying["best_act_layer_s"]]
         print(f"Where ACT can pay, {what} is faster still for {len(faster)} of {len(paying)} LLMs.")
     cpu = paying["cpu_bandwidth_to_win_over_link"].dropna()
