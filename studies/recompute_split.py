@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         x="to_device_GBps",
         y="gain_over_transfer",
         by="template",
-        title=f"{llm.name}, context {middle['context']}, batch {middle['batch']}: gain of the best split over sending all keys and values",
+        title=f"{llm.name}, context {middle['context']}, batch {middle['batch']}: gain of the best split",
     )
     for line in meaning(frame):
         print(line)
