@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .checks import check_number, whole
 from .hardware import System
-from .offload import OffloadCost, OffloadMachine, OffloadRatios, WeightsOn, gpu_overhead, offload_layers
+from .offload import STAGED_REQUESTS, OffloadCost, OffloadMachine, OffloadRatios, WeightsOn, gpu_overhead, offload_layers
 from .offload_baselines import GenerationCost, prefill_flops
 from .offload_profiles import DATASHEET, OffloadProfile
 from .roofline import Array
@@ -163,7 +163,7 @@ class CacheRatioProblem:
         block: int = BLOCK,
         batches: int = 1,
         weights: WeightsOn = "host",
-        buffered_requests: int = 16,
+        buffered_requests: int = STAGED_REQUESTS,
         load_kv: LinearTime | None = None,
         load_act: LinearTime | None = None,
         generate: LinearTime | None = None,
@@ -187,7 +187,7 @@ class CacheRatioProblem:
         fresh = requests / max(int(blocks.sum()), 1)
         of_batch = tokens.reshape(batches, workload.batch).sum(axis=1)
         listed, kv_bytes, act_bytes, streamed = [], 0.0, 0.0, 0.0
-        for layer in offload_layers(workload):
+        for layer in offload_layers(workload, batches):
             stays = weights == "gpu"
             listed.append(
                 RatioLayer(
@@ -203,7 +203,7 @@ class CacheRatioProblem:
             )
             kv_bytes += layer.layers * layer.kv_bytes * block
             act_bytes += layer.layers * layer.act_bytes * block
-            streamed += 0.0 if stays else layer.layers * layer.read_bytes
+            streamed += 0.0 if stays else layer.layers * layer.sent_bytes
         held = gpu_overhead(workload, int(tokens.max()), weights=weights, buffered_requests=buffered_requests)
         return cls(
             layers=tuple(listed),
@@ -318,8 +318,8 @@ class CacheRatioProblem:
         if self.workload is None or not self.blocks:
             return text + " or serve fewer tokens"
         share, workload = most / self.blocks, self.workload
-        held_bits = workload.activation_bits if form == "activations" else workload.kv_bits
-        return text + f", or serve about {int(len(self.request_blocks) * share)} requests, or hold {form} at {held_bits * share:.3g} bits"
+        bits = math.floor((workload.activation_bits if form == "activations" else workload.kv_bits) * share * 100) / 100
+        return text + f", or serve about {int(len(self.request_blocks) * share)} requests, or hold {form} at {bits:g} bits"
 
 
 def act_first_is_optimal(problem: CacheRatioProblem) -> bool:
@@ -329,8 +329,8 @@ def act_first_is_optimal(problem: CacheRatioProblem) -> bool:
 
     Premises: r < 1, transfer times in proportion to bytes (no intercepts), stores hidden, a host that could hold all blocks as KV. Then a
     byte on the GPU saves one byte of the link whatever it holds, so that a step depends on the total of ACT blocks alone, and the best
-    total is at least A exactly if this holds (in the relaxation; whole blocks add the time of one block a layer at most). False where
-    r >= 1. Derived here.
+    total is at least A if this holds, and with one class of layers only then (in the relaxation; whole blocks add the time of one block a
+    layer at most). False where r >= 1. Derived here.
     """
     if problem.act_block >= problem.kv_block:
         return False
@@ -350,7 +350,7 @@ def generation_time(
     generated: int,
     profile: OffloadProfile = DATASHEET,
     form: Form = "best",
-    buffered_requests: int = 16,
+    buffered_requests: int = STAGED_REQUESTS,
 ) -> GenerationCost:
     """A batch's whole generation: ``prompt`` tokens of each request read, ``generated`` new ones written, state split in any fraction.
 
@@ -359,8 +359,9 @@ def generation_time(
 
         T = max(t_w + max(kv n - (kv - x) A - R, 0) / link,  t_c + t_rec(A),  new tokens' share of these bytes / link to the host)
 
-    is convex in A, and lowest at an end or where two of these lines cross. Prefill of a layer: max(FLOPs / peak, weights / link, bytes
-    that the first step's plan holds on the host / link to the host). What changing a plan between steps costs is left out.
+    is convex in A, and lowest at an end or where two of these lines cross; the host's capacity bounds A. What is optimised is the decode
+    steps; prefill follows from the first one's plan. Prefill of a layer: max(FLOPs / peak, weights / link, bytes that plan holds on the
+    host / link to the host). What changing a plan between steps costs is left out.
     """
     prompt, generated = (
         whole("generation", "prompt", prompt, "tokens", least=0),
@@ -373,9 +374,15 @@ def generation_time(
     kv, act = layers[0].kv_bytes, layers[0].act_bytes
     cache = max(room, 0.0) / workload.llm.num_hidden_layers
     tokens = workload.batch * (prompt + np.arange(generated, dtype=np.float64))
-    full = np.minimum(tokens, cache / act)
-    least = {"best": 0.0 * tokens, "act_first": full, "kv": 0.0 * tokens, "act": tokens}[form]
+    least = {"best": 0.0 * tokens, "act_first": np.minimum(tokens, cache / act), "kv": 0.0 * tokens, "act": tokens}[form]
     most = 0.0 * tokens if form == "kv" else tokens
+    if kv != act and form in ("best", "act_first"):  # as much of the smaller form as the host needs to hold the state
+        host_room = (machine.host_capacity - workload.weight_bytes) / workload.llm.num_hidden_layers
+        limit = (kv * tokens - cache - host_room) / (kv - act)
+        if act < kv:
+            least = np.clip(limit, least, most)
+        else:
+            most = np.clip(limit, least, most)
     share_of_new = workload.batch / np.maximum(tokens, workload.batch)
     lines = []
     for layer in layers:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .checks import check_number
-from .hardware import System
+from .hardware import ComputeUnit, MemoryTier, System
 from .kernel_mapping_tables import Granularity, KernelMappingTables, Kind
 from .paging import Pages, migration_time
 from .price import access_energy
@@ -68,7 +68,11 @@ class KernelMappingPlan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanCost:
     """What a plan costs: ``latency`` [s] of a step, of which ``kind_latency`` [s] a kind of sublayer; and for each tier the bytes
-    held (whole pages), capacity, overflow (0: it fits) and bytes read in a step. ``energy`` [J] of these reads; None if unknown."""
+    held (whole pages), capacity, overflow (0: it fits) and bytes read in a step. ``energy`` [J] of these reads; None if unknown.
+
+    ``flops`` by the units of each tier and ``link_bytes`` over each link of the system (data of a tier without a unit); None for a
+    problem made of coefficients. ``price.step_energy`` turns them into joules.
+    """
 
     latency: float
     kind_latency: tuple[float, ...]
@@ -78,6 +82,8 @@ class PlanCost:
     overflow: tuple[float, ...]
     traffic: tuple[float, ...]
     energy: float | None
+    flops: tuple[float, ...] | None = None
+    link_bytes: tuple[float, ...] | None = None
 
     @property
     def fits(self) -> bool:
@@ -226,6 +232,14 @@ class KernelMappingProblem:
         read = self.tables.traffic[0, kind[:, None], np.arange(len(self.tier_names)), counts]
         traffic = (layers[:, None] * read).sum(axis=0)
         energies = [tier.energy for tier in self.system.tiers] if self.system else [None]
+        flops, link_bytes = None, None
+        if self.system is not None:
+            link_bytes = streamed_bytes(self.system, traffic)
+            if self.workload is not None:
+                table = step_flops(self.workload, self.granularity, len(self.tier_names))
+                flops = computed_flops(
+                    self.system, (layers[:, None] * table[kind[:, None], np.arange(len(self.tier_names)), counts]).sum(0)
+                )
         return PlanCost(
             latency=sum(latencies),
             kind_latency=tuple(latencies),
@@ -235,6 +249,8 @@ class KernelMappingProblem:
             overflow=tuple((np.maximum(held - self.capacity, 0) * self.page).astype(float).tolist()),
             traffic=tuple(traffic.tolist()),
             energy=access_energy(self.system, traffic.tolist()) if self.system and None not in energies else None,
+            flops=None if flops is None else tuple(flops.tolist()),
+            link_bytes=None if link_bytes is None else tuple(link_bytes.tolist()),
         )
 
     def transition(self, previous: KernelMappingPlan, plan: KernelMappingPlan) -> TransitionCost:
@@ -305,6 +321,41 @@ class KernelMappingProblem:
                     raise ValueError(
                         f"the plan puts {split.counts} slices of {kind.name} on {self.tier_names}; they must add up to {kind.slices}"
                     )
+
+
+@lru_cache(maxsize=64)
+def step_flops(workload: Workload, granularity: Granularity, tiers: int) -> Array:
+    """FLOPs [K, T, N+1] of one layer's sublayer for n slices on a tier, inf beyond a kind's slices; T = ``tiers``.
+
+    They are the seconds of a machine of 1 FLOP/s that reads in no time. By query head the K/V projections of a split group are done twice.
+    """
+    names = [f"tier{t}" for t in range(tiers)]
+    counter = System(
+        name="counter of FLOPs",
+        tiers=tuple(MemoryTier(name=name, capacity=0.0, bandwidth=math.inf) for name in names),
+        units=tuple(ComputeUnit(name=name, tier=name, matrix_peak=1.0, vector_peak=1.0) for name in names),
+    )
+    return KernelMappingTables.build([counter], workload, profile=FIRST_PRINCIPLES, granularity=granularity).seconds[0]
+
+
+def computed_flops(system: System, flops: Array) -> Array:
+    """FLOPs [..., T] by the units of each tier, from those of the data on each tier: the nearest unit works on data without one."""
+    return _gathered(flops, [(system.tier_names.index(system.consumer(name)[0]),) for name in system.tier_names], len(system.tiers))
+
+
+def streamed_bytes(system: System, traffic: Array) -> Array:
+    """Bytes [..., L] over each link when ``traffic`` [..., T] is read: data of a tier without a unit cross all links on their way."""
+    ways = [tuple(map(system.links.index, system.consumer(name)[1])) for name in system.tier_names]
+    return _gathered(traffic, ways, len(system.links))
+
+
+def _gathered(amounts: Array, places: Sequence[Sequence[int]], number: int) -> Array:
+    """[..., number]: amount t of the last axis added to each of ``places[t]``, in the order of t."""
+    total = np.zeros((*amounts.shape[:-1], number))
+    for t, ends in enumerate(places):
+        for end in ends:
+            total[..., end] += amounts[..., t]
+    return total
 
 
 @cache

@@ -11,7 +11,7 @@ weights, t_c decode on the GPU. Every formula of ``overlap`` is one of these fiv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,9 @@ WeightsOn = Literal["host", "gpu"]
 
 WORKING_LAYERS = 2
 """Layers of weights in GPU memory while weights stream: the one in use and the one that arrives."""
+
+STAGED_REQUESTS = 16
+"""Requests whose keys and values of one layer each of the two staging buffers holds, unless said: an assumption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +88,10 @@ class OffloadMachine:
 class OffloadLayer:
     """``layers`` equal decoder layers: bytes and FLOPs of one of them in one decode step of ``batch`` requests.
 
-    ``weight_bytes`` are held, ``read_bytes`` are those a step reads (below it for experts that no token chose);
-    ``projection_bytes`` those of the key and value projections. ``kv_bytes``, ``act_bytes``, ``recompute_flops`` and
-    ``attention_flops`` are for one token of state; ``linear_flops`` for the batch.
+    ``weight_bytes`` are held, ``read_bytes`` are those a step of one GPU batch reads (below it for experts that no token chose) and
+    ``sent_bytes`` those that all GPU batches need, which share one transfer; ``projection_bytes`` are those of the key and value
+    projections. ``kv_bytes``, ``act_bytes``, ``recompute_flops`` and ``attention_flops`` are for one token of state; ``linear_flops``
+    for the batch.
 
         kv = 2 n_kv d p_kv     act = h p_x     recompute = 4 h n_kv d FLOP     (MLA: latent and rotary key in place of 2 n_kv d)
     """
@@ -96,6 +100,7 @@ class OffloadLayer:
     batch: int
     weight_bytes: float
     read_bytes: float
+    sent_bytes: float
     projection_bytes: float
     linear_flops: float
     kv_bytes: float
@@ -116,8 +121,8 @@ class OffloadLayer:
         return np.asarray(tokens, dtype=np.float64) * (self.recompute_flops / machine.peak)
 
     def weight_time(self, machine: OffloadMachine) -> float:
-        """Seconds to send the weights that a step reads to the GPU."""
-        return self.read_bytes / machine.to_device
+        """Seconds to send the weights that the step's GPU batches read to the GPU."""
+        return self.sent_bytes / machine.to_device
 
     def projection_time(self, machine: OffloadMachine) -> float:
         """Seconds to send the key and value projections, which recomputation waits for."""
@@ -133,13 +138,17 @@ class OffloadLayer:
         return np.maximum(memory, (self.linear_flops + tokens * self.attention_flops) / machine.peak)
 
 
-def offload_layers(workload: Workload) -> tuple[OffloadLayer, ...]:
-    """The layers of one decode step of a workload, equal ones together; what ``context`` is does not matter here."""
+def offload_layers(workload: Workload, batches: int = 1) -> tuple[OffloadLayer, ...]:
+    """The layers of one decode step of a workload, equal ones together; what ``context`` is does not matter here.
+
+    ``batches``: GPU batches of ``workload.batch`` requests that share one load of the weights: of experts, those that any of them chose.
+    """
     if workload.phase != "decode":
         raise ValueError(f"offloading is planned for a decode step, not for {workload.phase!r}; set phase='decode'")
     llm = workload.llm
     listed = []
-    for layers, found in kernels(workload):
+    together = kernels(replace(workload, batch=workload.batch * batches))
+    for (layers, found), (_, shared) in zip(kernels(workload), together, strict=True):
         products = [kernel for kernel in found if kernel.weight_bytes]
         listed.append(
             OffloadLayer(
@@ -147,6 +156,7 @@ def offload_layers(workload: Workload) -> tuple[OffloadLayer, ...]:
                 batch=workload.batch,
                 weight_bytes=sum(kernel.weight_bytes for kernel in products),
                 read_bytes=sum(kernel.weight_bytes * kernel.touched for kernel in products),
+                sent_bytes=sum(kernel.weight_bytes * kernel.touched for kernel in shared),
                 projection_bytes=llm.hidden_size * llm.state_elements * workload.weight_bits / 8,
                 linear_flops=sum(kernel.flops for kernel in products),
                 kv_bytes=llm.state_elements * workload.kv_bits / 8,
@@ -158,21 +168,29 @@ def offload_layers(workload: Workload) -> tuple[OffloadLayer, ...]:
     return tuple(listed)
 
 
-def gpu_overhead(workload: Workload, longest: int, *, weights: WeightsOn = "host", buffered_requests: int = 16) -> float:
+def gpu_overhead(workload: Workload, longest: int, *, weights: WeightsOn = "host", buffered_requests: int = STAGED_REQUESTS) -> float:
     """Bytes that the GPU holds beside state: two layers of weights (all with ``weights="gpu"``), the embeddings, and two staging buffers
     for the keys and values of one layer of ``buffered_requests`` requests of ``longest`` tokens."""
     buffered = whole("offloading", "buffered_requests", buffered_requests, "requests", least=0)
-    llm, layers = workload.llm, offload_layers(workload)
+    layers = offload_layers(workload)
     kept = workload.weight_bytes
     if weights == "host":
         kept = min(kept, WORKING_LAYERS * max(layer.weight_bytes for layer in layers))
-    embeddings = llm.vocab_size * llm.hidden_size * workload.weight_bits / 8
-    return kept + embeddings + 2 * min(buffered, workload.batch) * longest * layers[0].kv_bytes
+    return kept + embedding_bytes(workload) + 2 * min(buffered, workload.batch) * longest * layers[0].kv_bytes
+
+
+def embedding_bytes(workload: Workload) -> float:
+    """Bytes of the token embeddings, which the GPU keeps in any case."""
+    return workload.llm.vocab_size * workload.llm.hidden_size * workload.weight_bits / 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadRatios:
-    """r, rho, w and c of the module's docstring: what decides whether recomputing pays. ``act_pays``: r < 1."""
+    """Seconds over those of sending all keys and values: what decides whether recomputing pays.
+
+    ``r`` sending all activations, ``rho`` recomputing from them, ``w`` sending the weights, ``c`` the decode step on the GPU.
+    ``act_pays``: r < 1.
+    """
 
     r: float
     rho: float
@@ -190,6 +208,8 @@ def offload_ratios(layer: OffloadLayer, machine: OffloadMachine, tokens: float) 
     if not tokens > 0:
         raise ValueError(f"ratios are for a state of at least one token, not {tokens!r}; set context and batch above 0")
     kv = float(layer.kv_time(machine, tokens))
+    if not kv > 0:
+        raise ValueError("ratios are for keys and values that take time to send; this link is infinitely fast")
     return OffloadRatios(
         r=layer.act_bytes / layer.kv_bytes,
         rho=float(layer.recompute_time(machine, tokens)) / kv,
@@ -203,8 +223,7 @@ class OffloadCost:
     """What an offloading plan costs.
 
     ``latency`` [s] as the problem defines it; ``link_time`` and ``gpu_time`` [s] the busy time of link and GPU in it; for each tier the
-    bytes held, the capacity and the overflow (0: it fits); ``to_device_bytes`` over the link; ``energy`` [J] of memory accesses, None if
-    unknown.
+    bytes held, the capacity and the overflow (0: it fits); ``to_device_bytes`` over the link.
     """
 
     latency: float
@@ -214,7 +233,6 @@ class OffloadCost:
     tier_bytes: tuple[float, ...]
     capacity: tuple[float, ...]
     to_device_bytes: float
-    energy: float | None = None
 
     @property
     def overflow(self) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ and one prefill. Symbols as in ``offload``: t_w, t_kv, t_x, t_rec, t_c.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from .checks import check_name
 from .hardware import System
-from .offload import OffloadLayer, OffloadMachine, gpu_overhead, offload_layers
+from .offload import STAGED_REQUESTS, OffloadLayer, OffloadMachine, gpu_overhead, offload_layers
 from .offload_profiles import DATASHEET, OffloadProfile
 from .roofline import Array
 from .workload import Workload
@@ -33,7 +34,8 @@ class OffloadBaseline:
 
     - "in_turn": weights, keys and values, then compute, nothing overlapped: t_w + t_kv + t_c (Hugging Face Accelerate's hooks);
     - "resident_state": keys and values stay in GPU memory, so that as many requests run at once as fit, one group after the other:
-      groups x max(t_w, t_c) (DeepSpeed-Inference with weights on the host);
+      groups x max(t_w, t_c), each group with room for its longest state and no staging buffers (DeepSpeed-Inference with weights on the
+      host);
     - "keys_values": max(t_w + t_kv, t_c), with as many keys and values in spare GPU memory as fit (FlexGen; ideal overlap);
     - "activations": max(t_w + t_x, t_c + t_rec), with as many activations in spare GPU memory as fit;
     - "token_ids": every step is a prefill of all tokens, nothing is kept: max(t_w, t_forward);
@@ -60,14 +62,14 @@ class OffloadBaseline:
             case "in_turn":
                 return weights + layer.kv_time(machine, tokens) + compute
             case "resident_state":
-                fitting = np.floor(cache / (layer.kv_bytes * np.maximum(contexts, 1)))
-                groups = np.ceil(layer.batch / np.maximum(fitting, 1))
-                one = replace(layer, linear_flops=layer.linear_flops / layer.batch)  # of one request
+                groups = self.groups(layer, float(contexts.max()), cache)
+                if not math.isfinite(groups):
+                    return np.full(np.shape(tokens), np.inf)
                 of_a_group = np.maximum(
                     (layer.read_bytes + tokens / groups * layer.kv_bytes) / machine.gpu_bandwidth,
-                    (one.linear_flops * layer.batch + tokens * layer.attention_flops) / groups / machine.peak,
+                    (layer.linear_flops + tokens * layer.attention_flops) / groups / machine.peak,
                 )
-                return np.where(fitting >= 1, groups * np.maximum(weights, of_a_group), np.inf)
+                return groups * np.maximum(weights, of_a_group)
             case "keys_values":
                 moved = np.maximum(tokens - cache / layer.kv_bytes, 0.0)
                 return np.maximum(weights + layer.kv_time(machine, moved), compute)
@@ -75,13 +77,21 @@ class OffloadBaseline:
                 moved = np.maximum(tokens - cache / layer.act_bytes, 0.0)
                 return np.maximum(weights + layer.act_time(machine, moved), compute + layer.recompute_time(machine, tokens))
             case "token_ids":
-                return np.maximum(weights, prefill_flops(layer, contexts) / machine.peak)
+                return np.maximum(layer.weight_bytes / machine.to_device, prefill_flops(layer, contexts) / machine.peak)
             case "cpu_attention":
                 if machine.cpu_peak is None:  # a host without a compute unit
                     return np.full(np.shape(tokens), np.inf)
                 attention = np.maximum(tokens * layer.kv_bytes / machine.host_bandwidth, tokens * layer.attention_flops / machine.cpu_peak)
                 leaving = (layer.read_bytes + tokens * layer.kv_bytes) / machine.host_bandwidth
                 return np.maximum.reduce([weights + 0.0 * tokens, layer.compute_time(machine, 0.0) + attention, leaving])
+
+    def groups(self, layer: OffloadLayer, longest: float, cache: float) -> float:
+        """Groups of requests that are generated one after the other, each with its state of up to ``longest`` tokens in ``cache`` bytes of
+        GPU memory a layer; inf if not even one request fits. 1 for rules that serve all requests at once."""
+        if self.rule != "resident_state":
+            return 1.0
+        fitting = math.floor(cache / (layer.kv_bytes * max(longest, 1.0)))
+        return float(-(-layer.batch // fitting)) if fitting >= 1 else math.inf
 
     def stored_bytes(self, layer: OffloadLayer, tokens: float, cache: float) -> float:
         """Bytes of one layer's state that prefill sends to the host."""
@@ -130,18 +140,21 @@ def generation(system: System, workload: Workload, baseline: OffloadBaseline, *,
     machine = OffloadMachine.build(system, baseline.profile)
     prompt, longest = workload.context, workload.context + generated
     contexts = prompt + np.arange(generated, dtype=np.float64)
-    cache = max(machine.gpu_capacity - gpu_overhead(workload, longest), 0.0) / workload.llm.num_hidden_layers
+    staging = 0 if baseline.rule == "resident_state" else STAGED_REQUESTS
+    room = machine.gpu_capacity - gpu_overhead(workload, longest, buffered_requests=staging)
+    cache = max(room, 0.0) / workload.llm.num_hidden_layers
     prefill = decode = 0.0
     for layer in offload_layers(workload):
-        decode += layer.layers * float(baseline.layer_time(layer, machine, contexts, cache).sum())
+        decode += layer.layers * float(baseline.layer_time(layer, machine, contexts, cache).sum()) if room >= 0 else math.inf
         stored = baseline.stored_bytes(layer, workload.batch * prompt, cache)
         flops = float(prefill_flops(layer, prompt))
-        prefill += layer.layers * max(flops / machine.peak, layer.weight_bytes / machine.to_device, stored / machine.to_host)
+        loads = baseline.groups(layer, float(contexts.max()), cache)
+        prefill += layer.layers * max(flops / machine.peak, loads * layer.weight_bytes / machine.to_device, stored / machine.to_host)
     state = sum(layer.layers * baseline.stored_bytes(layer, workload.batch * longest, cache) for layer in offload_layers(workload))
     return GenerationCost(
         prefill=prefill,
         decode=decode,
-        throughput=workload.batch * generated / (prefill + decode),
+        throughput=workload.batch * generated / (prefill + decode) if prefill + decode > 0 else math.inf,
         host_bytes=workload.weight_bytes + state,
         host_capacity=machine.host_capacity,
     )

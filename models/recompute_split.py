@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .checks import whole
 from .hardware import System
-from .offload import OffloadCost, OffloadLayer, OffloadMachine, OffloadRatios, offload_layers, offload_ratios
+from .offload import OffloadCost, OffloadLayer, OffloadMachine, OffloadRatios, embedding_bytes, offload_layers, offload_ratios
 from .offload_profiles import DATASHEET, OffloadProfile
 from .overlap import chunked, chunked_lines, fluid, fluid_lines, lowest
 from .roofline import Array
@@ -50,7 +50,7 @@ class RecomputeSplitProblem:
 
     ``layers``: classes of equal layers; ``context``: tokens of state of a request (s'); ``most``: the largest split.
     ``weights``: "gpu", resident; "host", streamed once for all GPU batches, the key and value projections first, which are all that
-    recomputation waits for in "staged" and "chunked". ``chunks``: of the template "chunked" only.
+    recomputation waits for in "staged" and "chunked". ``chunks``: of the template "chunked" only. ``embeddings`` [B]: on the GPU.
     ``system``, ``workload`` and ``profile`` are what it was built from; None for a problem made of coefficients.
     """
 
@@ -62,6 +62,7 @@ class RecomputeSplitProblem:
     chunks: int = 4
     weights: Literal["gpu", "host"] = "gpu"
     batches: int = 1
+    embeddings: float = 0.0
     system: System | None = None
     workload: Workload | None = None
     profile: OffloadProfile | None = None
@@ -102,7 +103,7 @@ class RecomputeSplitProblem:
     ) -> RecomputeSplitProblem:
         """The problem of one decode step of ``batches`` times the workload's batch. ``most``: None for the context; KVPR: the prompt."""
         return cls(
-            layers=offload_layers(workload),
+            layers=offload_layers(workload, whole("recompute split", "batches", batches, "batches")),
             machine=OffloadMachine.build(system, profile),
             context=workload.context,
             most=workload.context if most is None else most,
@@ -110,6 +111,7 @@ class RecomputeSplitProblem:
             chunks=chunks,
             weights=weights,
             batches=batches,
+            embeddings=embedding_bytes(workload),
             system=system,
             workload=workload,
             profile=profile,
@@ -157,12 +159,12 @@ class RecomputeSplitProblem:
 
     @property
     def gpu_bytes(self) -> float:
-        """Bytes in GPU memory, whatever the plan: the weights, or two layers of them if they stream, and two layers' state of one GPU
-        batch, in which a token takes the larger of its two forms."""
+        """Bytes in GPU memory, whatever the plan: the embeddings, the weights, or two layers of them if they stream, and two layers' state
+        of one GPU batch, in which a token takes the larger of its two forms."""
         held = [layer.weight_bytes for layer in self.layers for _ in range(min(layer.layers, BUFFERED_LAYERS))]
         streamed = sum(sorted(held)[-BUFFERED_LAYERS:])
         weights = sum(layer.layers * layer.weight_bytes for layer in self.layers) if self.weights == "gpu" else streamed
-        return weights + self._staged_bytes
+        return self.embeddings + weights + self._staged_bytes
 
     @property
     def _staged_bytes(self) -> float:
@@ -208,7 +210,7 @@ class RecomputeSplitProblem:
             raise ValueError(
                 f"the plan recomputes {max(plan.splits)} tokens of a request, and most is {self.most}; lower the split or raise most"
             )
-        latency = link = gpu = saved = 0.0
+        latency = link = gpu = saved = crossing = 0.0
         for index, (layer, split) in enumerate(zip(self.layers, plan.splits, strict=True)):
             sent = layer.batch * (self.context - split)
             weights = layer.weight_time(self.machine) if self.weights == "host" else 0.0
@@ -218,6 +220,8 @@ class RecomputeSplitProblem:
             link += layer.layers * (weights + self.batches * float(state))
             gpu += layer.layers * self.batches * float(computed + layer.recompute_time(self.machine, layer.batch * split))
             saved += layer.layers * split
+            crossing += layer.layers * self.batches * (sent * layer.kv_bytes + layer.batch * split * layer.act_bytes)
+            crossing += layer.layers * layer.sent_bytes if self.weights == "host" else 0.0
         return OffloadCost(
             latency=latency,
             link_time=link,
@@ -225,7 +229,7 @@ class RecomputeSplitProblem:
             tier_names=(self.machine.gpu, self.machine.host),
             tier_bytes=(self.gpu_bytes, self.host_bytes + saved * self.requests * self.layers[0].act_bytes),
             capacity=(self.machine.gpu_capacity, self.machine.host_capacity),
-            to_device_bytes=link * self.machine.to_device,
+            to_device_bytes=crossing,
         )
 
     def explain_infeasible(self) -> str:
@@ -247,8 +251,9 @@ class RecomputeSplitProblem:
         elif self.weights == "gpu":
             ways.append("stream the weights (weights='host')")
         if self.workload is not None and share > 0:
-            bits = (math.floor(share * one * 100) / 100 for one in (self.workload.weight_bits, self.workload.kv_bits))
-            ways.append("use {:g} bits a weight and {:g} a key or value".format(*bits))
+            served = self.workload
+            bits = (math.floor(share * one * 100) / 100 for one in (served.weight_bits, served.kv_bits, served.activation_bits))
+            ways.append("use {:g} bits a weight, {:g} a key or value and {:g} an activation".format(*bits))
         return f"{' and '.join(short)}; {', or '.join(ways)}"
 
 
@@ -304,13 +309,13 @@ class SplitGeneration:
 
     @property
     def gain(self) -> float:
-        """Throughput gained over the transfer of all keys and values."""
-        return self.transfer / self.best - 1
+        """Throughput gained over the transfer of all keys and values; 0 where nothing takes time."""
+        return self.transfer / self.best - 1 if self.best else 0.0
 
     @property
     def cut(self) -> float:
         """Share of the time of the transfer of all keys and values that is saved."""
-        return 1 - self.best / self.transfer
+        return 1 - self.best / self.transfer if self.transfer else 0.0
 
 
 def split_generation(problem: RecomputeSplitProblem, *, generated: int, limit: Literal["prompt", "total"] = "prompt") -> SplitGeneration:

@@ -27,11 +27,24 @@ DIMENSIONS: dict[str, dict[str, str]] = {
         "page": "capacity",
         "energy": "energy",
         "cost": "price",
+        "static_power": "power",
     },
-    "units": {"matrix_peak": "compute rate", "vector_peak": "compute rate", "tile": ""},
-    "links": {"bandwidth": "bandwidth", "latency": "time", "efficiency": ""},
+    "units": {
+        "matrix_peak": "compute rate",
+        "vector_peak": "compute rate",
+        "tile": "",
+        "energy": "compute energy",
+        "static_power": "power",
+        "area": "area",
+        "cost": "price of a part",
+        "silicon_cost": "price of silicon",
+    },
+    "links": {"bandwidth": "bandwidth", "latency": "time", "efficiency": "", "energy": "energy", "cost": "price of a part"},
 }
 """The numbers of a System's parts that designs may vary, with the key of ``UNITS`` that holds their units; "": a number without one."""
+
+_MAY_BE_ZERO = ("capacity", "latency", "energy", "cost", "static_power", "area", "silicon_cost")
+_WHOLE = ("page", "tile")
 
 
 class Place(NamedTuple):
@@ -94,16 +107,16 @@ class Systems:
             values = np.atleast_1d(np.asarray(given, dtype=np.float64))
             if place in found:
                 raise ValueError(f"column {name!r} says again what another column says; leave one of them out")
-            zero = place.field in ("capacity", "latency", "energy", "cost")
+            zero = place.field in _MAY_BE_ZERO
             good = np.isfinite(values) & ((values >= 0) if zero else (values > 0))
-            if place.field in ("page", "tile"):
+            if place.field in _WHOLE:
                 good &= values * factor == np.floor(values * factor)
             if place.field == "efficiency":
                 good &= values <= 1
             if not good.all():
                 row = int(np.flatnonzero(~good)[0])
                 rule = "at least 0" if zero else {"efficiency": "above 0 and at most 1"}.get(place.field, "above 0")
-                rule = f"{rule}, whole" if place.field in ("page", "tile") else rule
+                rule = f"{rule}, whole" if place.field in _WHOLE else rule
                 raise ValueError(
                     f"column {name!r} must hold finite numbers, {rule}, not {values[row]!r} as in row {row}; correct or drop it"
                 )

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from .checks import check_number, whole
 from .llm import LLMConfig, Matrix
+from .roofline import Array
 
 Phase = Literal["decode", "prefill"]
 
@@ -97,15 +101,22 @@ def kernels(workload: Workload) -> tuple[tuple[int, tuple[Kernel, ...]], ...]:
     return tuple(listed)
 
 
+def touched_share(tokens: ArrayLike, used: float) -> Array:
+    """Share of the experts that a step of n ``tokens`` touches: 1 - (1 - used)^n, where each token uses a share ``used`` of them.
+
+    Tokens choose uniformly and alone. ``np.power`` gives one number and an array of them the same bits, which Python's ``**`` does not.
+    """
+    return 1.0 - np.power(1.0 - used, np.asarray(tokens, dtype=np.float64))
+
+
 def _product(matrix: Matrix, workload: Workload) -> Kernel:
     """Activations times a weight matrix: 2 FLOP for each weight a token uses.
 
-    With E experts of which a token uses k, tokens choosing uniformly and alone, a step of n tokens touches a share
-    1 - (1 - k/E)^n of the experts, each by n k / (E share) tokens.
+    With E experts of which a token uses k, a step of n tokens touches the ``touched_share`` of k/E, each expert by n k / (E share) tokens.
     """
     tokens = workload.tokens
     used = matrix.experts_per_token / matrix.experts
-    touched = 1.0 - (1.0 - used) ** tokens
+    touched = float(touched_share(tokens, used))
     copy = matrix.inputs * matrix.outputs
     return Kernel(
         name=matrix.name,

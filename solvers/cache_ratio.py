@@ -272,7 +272,15 @@ def _cases(problem: CacheRatioProblem) -> list[Case]:
     ]
     # ACT on the host is ACT, so (., True, False) is no case; where nothing else is left, it is (., False, False).
     cases = {(kv, act and any_act, any_act) for kv in choices[0] for act in choices[1] for any_act in choices[2]}
-    return sorted(cases)
+    return sorted(case for case in cases if _room(problem, case) >= problem.blocks)
+
+
+def _room(problem: CacheRatioProblem, case: Case) -> int:
+    """Whole blocks that fit at most in a case."""
+    kv_host, act_host, any_act = case
+    near = max(problem.gpu_room, 0) // (min(problem.kv_block, problem.act_block) if any_act else problem.kv_block)
+    sizes = [size for size, allowed in ((problem.kv_block, kv_host), (problem.act_block, act_host)) if allowed]
+    return near + (max(problem.host_room, 0) // min(sizes) if sizes else 0)
 
 
 def _program(problem: CacheRatioProblem, case: Case, unit: float) -> Program:

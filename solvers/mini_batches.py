@@ -50,7 +50,7 @@ class GreedyRatioBatches:
     """HybridServe's idea: each mini-batch is filled with the requests that keep its gen / load nearest to 1.
 
     A mini-batch starts with the open request whose gen and load differ most. Then, of those that fit, the one joins that leaves the least
-    difference of the sums; a mini-batch is closed only when no open request fits, as an early end never helps. This reading of "a bin
+    difference of the sums; a mini-batch is closed only when no open request fits (which can be too late). This reading of "a bin
     packing with a ratio near 1" is ours. If the fewest mini-batches matter more, the order of arrival can be better.
     """
 

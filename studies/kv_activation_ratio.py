@@ -219,13 +219,16 @@ def meaning(problem: CacheRatioProblem, shares: pd.DataFrame, methods: pd.DataFr
         found = latency[method]
         return "do not fit" if math.isnan(found) else f"take {found / latency['cpsat']:.2f} x the optimum"
 
+    def losing(share: float) -> str:
+        return "finds no plan" if math.isnan(share) else f"loses {share:.1%}"
+
     lines = [
         f"\nActivations are {pays} than keys and values (r = {ratios.r:.3g}); the best share of the grid is {best}.",
         f"All keys and values {times('kv_only')}, all activations {times('act_only')}.",
         f"Activations first on the GPU: {'optimal' if act_first_is_optimal(problem) else 'not proven optimal'} by the rule, "
-        f"{loss['act_first']:.1%} above the optimum here.",
-        f"HybridServe's rule, as reconstructed, loses {loss['hybridserve']:.1%}; "
-        f"with the true number of blocks {loss['hybridserve_true_count']:.1%}.",
+        f"which {losing(loss['act_first'])} here.",
+        f"HybridServe's rule, as reconstructed, {losing(loss['hybridserve'])}; "
+        f"with the true number of blocks it {losing(loss['hybridserve_true_count'])}.",
     ]
     if len(packed):
         lines.append(f"Mini-batches are formed of {packed['requests'].iloc[0]} requests of unequal lengths.")

@@ -7,6 +7,7 @@ activations, for OPT-6.7B to 66B and prompts of 128 to 1920 tokens; prefill is i
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -99,11 +100,10 @@ def priced(system: System, workload: Workload, generated: int, profile: OffloadP
 
 def kvpr(system: System, workload: Workload, generated: int, profile: OffloadProfile) -> GenerationCost:
     """KVPR with streamed weights: all keys and values on the host, and activations of what is recomputed (all of the prompt, at most)."""
-    size = next(size for size in range(min(KVPR_BATCH, workload.batch), 0, -1) if workload.batch % size == 0)
-    problem = RecomputeSplitProblem.build(
-        system, replace(workload, batch=size), profile=profile, weights="host", batches=workload.batch // size
-    )
-    decode = split_generation(problem, generated=generated).best
+    batches = -(-workload.batch // KVPR_BATCH)
+    size = -(-workload.batch // batches)  # equal GPU batches; the last one may have places left, which are paid for
+    problem = RecomputeSplitProblem.build(system, replace(workload, batch=size), profile=profile, weights="host", batches=batches)
+    decode = split_generation(problem, generated=generated).best if problem.gpu_fits else math.inf
     whole = generation(system, workload, OffloadBaseline(name="kvpr", rule="in_turn", profile=profile), generated=generated)
     acts = workload.llm.num_hidden_layers * workload.batch * workload.context * problem.layers[0].act_bytes
     throughput = workload.batch * generated / (whole.prefill + decode)

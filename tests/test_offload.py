@@ -196,6 +196,7 @@ def test_opt_30b_by_hand():
         batch=32,
         weight_bytes=24 * h * h,
         read_bytes=24 * h * h,
+        sent_bytes=24 * h * h,
         projection_bytes=4 * h * h,
         linear_flops=2 * 32 * 12 * h * h,
         kv_bytes=4 * h,
@@ -375,7 +376,6 @@ def cost(gpu: float, host: float) -> OffloadCost:
 def test_a_plan_that_is_exactly_full_fits():
     full = cost(40 * GB, 512 * GB)
     assert (full.fits, full.overflow, full.explain_overflow()) == (True, (0.0, 0.0), "")
-    assert full.energy is None
 
 
 def test_a_thousandth_of_a_byte_is_forgiven_and_a_byte_is_not():

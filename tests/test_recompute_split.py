@@ -46,6 +46,7 @@ def random_problem(seed: int, *, tight: bool = False) -> RecomputeSplitProblem:
                 batch=batch,
                 weight_bytes=read,
                 read_bytes=read,
+                sent_bytes=read * rng.uniform(1, 1.5),
                 projection_bytes=read * rng.uniform(0, 1),
                 linear_flops=float(rng.choice([0, 1e3, 1e5])),
                 kv_bytes=float(rng.integers(1, 16)),
@@ -150,7 +151,7 @@ def test_no_plan_is_shorter_than_its_work(seed: int):
     for split in range(problem.most + 1):
         cost = problem.evaluate(RecomputeSplitPlan(splits=(split,) * len(problem.layers)))
         assert cost.latency >= max(cost.link_time, cost.gpu_time) * (1 - ROUNDING)
-        assert cost.to_device_bytes == cost.link_time * problem.machine.to_device
+        assert cost.to_device_bytes == pytest.approx(cost.link_time * problem.machine.to_device, rel=ROUNDING)
 
 
 @settings(max_examples=30)
@@ -167,17 +168,18 @@ def test_arrays_of_contexts_give_what_single_contexts_give(seed: int):
 
 
 def test_bytes_are_those_of_the_tensors():
-    """OPT-6.7B, 2 x 3 requests of 10 tokens: 32 layers, h = 4096, 16 bits; 2 h a token as KV, h as activation; weights 12 h^2."""
+    """OPT-6.7B, 2 x 3 requests of 10 tokens: 32 layers, h = 4096, 16 bits; KV 2 h a token, activation h, weights 12 h^2; 50,272 tokens."""
     h, layers, tokens = 4096, 32, 2 * 3 * 10
+    embeddings = 50272 * h * 2
     plan = RecomputeSplitPlan(splits=(4,))
     resident = RecomputeSplitProblem.build(A100, served(batch=3, context=10), batches=2).evaluate(plan)
     assert resident.tier_names == ("HBM", "host")
     assert resident.tier_bytes[1] == layers * 2 * (tokens * 2 * h + 6 * 4 * h)
-    assert resident.tier_bytes[0] == layers * 12 * h * h * 2 + 2 * 3 * 10 * 2 * h * 2
+    assert resident.tier_bytes[0] == embeddings + layers * 12 * h * h * 2 + 2 * 3 * 10 * 2 * h * 2
     # The link carries 4 tokens as activations and 6 as keys and values; sums of floats in another order.
     assert resident.to_device_bytes == pytest.approx(layers * 2 * 6 * (4 * h + 6 * 2 * h), rel=ROUNDING)
     streamed = RecomputeSplitProblem.build(A100, served(batch=3, context=10), batches=2, weights="host").evaluate(plan)
-    assert streamed.tier_bytes[0] == 2 * 12 * h * h * 2 + 2 * 3 * 10 * 2 * h * 2
+    assert streamed.tier_bytes[0] == embeddings + 2 * 12 * h * h * 2 + 2 * 3 * 10 * 2 * h * 2
     assert streamed.tier_bytes[1] == resident.tier_bytes[1] + layers * 12 * h * h * 2
     assert streamed.to_device_bytes - resident.to_device_bytes == pytest.approx(layers * 12 * h * h * 2, rel=ROUNDING)
 

@@ -238,7 +238,7 @@ def test_weights_hide_what_short_contexts_could_save():
 def test_a_busy_gpu_hides_the_transfer_of_short_contexts():
     """A GPU of 50 TFLOP/s with 4096 requests: its products take longer than the link's weights and first tokens."""
     layer = most_frequent_layer(workload("opt-6.7b", batch=4096))
-    machine = replace(RTX_4090, peak=50 * TFLOPS)
+    machine = replace(RTX_4090, peak=50 * TFLOPS, gpu_capacity=10 * GB)
     found = first_context(layer, machine, least=0.0)
     assert found > 1
     # (W + b s kv) / link = (linear + b s attention) / peak, solved for s.
@@ -260,7 +260,7 @@ def test_an_endless_link_leaves_nothing_to_save():
 
 @pytest.mark.parametrize("name", LLMS)
 def test_recommendations_refuse_where_act_is_larger(name: str):
-    row = priced(workload(name), RTX_4090)
+    row = priced(workload(name, batch=256), RTX_4090)  # so many that no GPU holds their state
     ratio = LLMS[name].hidden_size / LLMS[name].state_elements
     assert row["act_can_pay"] == (ratio < 1)
     if ratio >= 1:
@@ -271,9 +271,18 @@ def test_recommendations_refuse_where_act_is_larger(name: str):
     faster = row["cpu_attention_layer_s"] < row["best_act_layer_s"]
     assert ("attention on the CPU is faster" in row["recommendation"]) == faster
     assert ("KV of 4.5 bits is faster" in row["recommendation"]) == (row["int4_kv_layer_s"] < row["best_act_layer_s"])
-    no_cpu = priced(workload(name), replace(RTX_4090, cpu_peak=None))
+    no_cpu = priced(workload(name, batch=256), replace(RTX_4090, cpu_peak=None))
     assert (no_cpu["cpu_attention_layer_s"], no_cpu["cpu_bandwidth_to_win_over_link"]) == (None, None)
     assert "CPU" not in no_cpu["recommendation"]
+
+
+def test_nothing_is_recommended_where_nothing_needs_offloading():
+    """Qwen3-0.6B with 32 x 1024 tokens in 19.2 GB; one byte less, and it does."""
+    held = workload("qwen3-0.6b").weight_bytes + workload("qwen3-0.6b").state_bytes
+    row = priced(workload("qwen3-0.6b"), replace(RTX_4090, gpu_capacity=held))
+    assert row["fits_on_gpu"]
+    assert row["recommendation"].startswith("nothing needs offloading")
+    assert priced(workload("qwen3-0.6b"), replace(RTX_4090, gpu_capacity=held - 1))["recommendation"].startswith("pays")
 
 
 def test_llama2_70b_is_refused_with_its_ratio():
