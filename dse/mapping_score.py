@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from .. import __version__
 from ..models.hardware import System
 from ..models.kernel_mapping import KernelMappingPlan, KernelMappingProblem
 from ..models.kernel_mapping_tables import Granularity, KernelMappingTables
-from ..models.price import assumptions
+from ..models.price import (
+    ASSUMED_OPERATION,
+    Operation,
+    StepEnergy,
+    assumptions,
+    energy_per_token,
+    mean_power,
+    step_energy,
+    system_area,
+    system_cost,
+    usd_per_Mtok,
+)
 from ..models.profiles import FIRST_PRINCIPLES, Profile
+from ..models.systems import Systems
+from ..models.units import GB, mm2
 from ..models.workload import Workload
 from ..solvers.kernel_mapping import TableMapping
 from ..solvers.kernel_mapping_heuristics import GreedyMapping
@@ -24,10 +40,11 @@ from ..solvers.result import Solver, SolverResult, finish
 class MappingScore:
     """A ``score`` for ``explore``: the columns of a system's exact kernel mapping; None if the LLM does not fit.
 
-    latency_s of a step; memory_usd; energy_J of the memory accesses of that step under the latency-optimal plan (no plan of less energy is
-    looked for); greedy_latency_s and greedy_gap = (greedy - optimum) / greedy (None where greedy finds no plan); n_SUBLAYER:
-    slices on the first tier (mean over layers); solver, status, gap, profile, version; ``assumed``: prices and energies that no
-    source backs. Memory without a price or an energy leaves that column out.
+    latency_s of a step; throughput_tok_per_s; memory_usd and energy_J of that step under the latency-optimal plan (no plan of less energy
+    is looked for: ``latency_energy_front`` does), with all terms whose constants are known; the other columns of ``priced_columns``;
+    TIER_headroom_GB: capacity that is left; greedy_latency_s and greedy_gap = (greedy - optimum) / greedy (None where greedy finds no
+    plan); n_SUBLAYER: slices on the first tier (mean over layers); solver, status, gap, profile, version; ``assumed``: numbers that no
+    source backs. Memory without a price or an energy leaves the columns out that need it.
     """
 
     workload: Workload
@@ -35,10 +52,15 @@ class MappingScore:
     solver: Solver = field(default_factory=TableMapping)
     grouped: bool = True
     granularity: Granularity = "kv_head"
+    operation: Operation = ASSUMED_OPERATION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "operation", as_operation(self.operation))
 
     def settings(self) -> dict[str, Any]:
         """The fields by name: what ``write_csv`` keeps so that ``rerun`` can price a row again."""
-        return {name: getattr(self, name) for name in ("workload", "profile", "solver", "grouped", "granularity")}
+        kept = {name: getattr(self, name) for name in ("workload", "profile", "solver", "grouped", "granularity")}
+        return {**kept, "operation": asdict(self.operation)}
 
     def __call__(self, system: System) -> dict[str, Any] | None:
         """The columns of one system."""
@@ -66,13 +88,15 @@ class MappingScore:
             return None
         system, cost = problem.system, problem.evaluate(result.plan)
         greedy = GreedyMapping().solve(problem).objective
-        known: dict[str, Any] = {"latency_s": cost.latency}
-        if all(tier.cost is not None for tier in system.tiers):
-            known["memory_usd"] = system.memory_cost
+        tokens = self.workload.tokens
+        energy = None
         if cost.energy is not None:
-            known["energy_J"] = cost.energy
+            energy = step_energy(system, traffic=cost.traffic, latency=cost.latency, flops=cost.flops, link_bytes=cost.link_bytes)
         return {
-            **known,
+            "latency_s": cost.latency,
+            "throughput_tok_per_s": rate(tokens, cost.latency),
+            **single(priced_columns(system, energy, latency=cost.latency, tokens=tokens, operation=self.operation)),
+            **headroom_columns(cost.tier_names, cost.capacity, cost.tier_bytes),
             "greedy_latency_s": greedy,
             "greedy_gap": None if greedy is None else (greedy - cost.latency) / greedy,
             **{f"n_{kind.name}": result.plan.mean_count(k, 0) for k, kind in enumerate(problem.kinds)},
@@ -81,5 +105,69 @@ class MappingScore:
             "gap": result.gap,
             "profile": self.profile.name,
             "version": __version__,
-            "assumed": "; ".join(assumptions(system)),
+            "assumed": "; ".join(assumptions(system, self.operation)),
         }
+
+
+def priced_columns(
+    system: System | Systems, energy: StepEnergy | None, *, latency: ArrayLike, tokens: ArrayLike, operation: Operation
+) -> dict[str, Any]:
+    """The columns of money, power and area of designs whose steps take ``latency`` [s] and ``energy`` for ``tokens``: arrays, and texts
+    that hold for all of them.
+
+    energy_J: all known terms; energy_J_per_tok: at the operation's utilisation, idle time included; power_W: over a step; energy_without:
+    terms whose constants are unknown and which are left out. memory_usd; system_usd of memories, units and links; usd_without: parts
+    without a price, left out. area_mm2 of the units; area_without: units whose area is unknown. usd_per_Mtok: machine and electricity.
+    A column whose main number is unknown is left out: those of energy without the energy of every memory (``energy`` None), those of
+    money without the price of every memory, those of area without the area of any unit.
+    """
+    columns: dict[str, Any] = {}
+    base = system.base if isinstance(system, Systems) else system
+    seconds = np.asarray(latency, dtype=np.float64)
+    per_token = None
+    with np.errstate(divide="ignore", invalid="ignore"):  # a step of no tokens or no time
+        if energy is not None:
+            per_token = energy_per_token(energy, tokens, operation.utilisation)
+            columns |= {
+                "energy_J": energy.total,
+                "energy_J_per_tok": per_token,
+                "power_W": mean_power(energy.total, seconds),
+                "energy_without": "; ".join(energy.without),
+            }
+        cost = system_cost(system)
+        if not {f"{tier.name} cost" for tier in base.tiers} & set(cost.without):
+            columns |= {"memory_usd": cost.memory, "system_usd": cost.total, "usd_without": "; ".join(cost.without)}
+            if per_token is not None:
+                speed = np.asarray(tokens, dtype=np.float64) / seconds
+                columns["usd_per_Mtok"] = usd_per_Mtok(
+                    cost=cost.total, energy_per_token=per_token, tokens_per_second=speed, operation=operation
+                )
+    area = system_area(system)
+    if len(area.without) < len(base.units):
+        columns |= {"area_mm2": area.units / mm2, "area_without": "; ".join(area.without)}
+    return columns
+
+
+def single(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of one design as plain numbers and texts; None for what is not finite."""
+    return {name: value if isinstance(value, str) else _finite(value) for name, value in columns.items()}
+
+
+def _finite(value: ArrayLike) -> float | None:
+    number = float(np.asarray(value))
+    return number if np.isfinite(number) else None
+
+
+def headroom_columns(tier_names: Sequence[str], capacity: Sequence[float], held: Sequence[float]) -> dict[str, float]:
+    """TIER_headroom_GB: what is left of each tier's capacity."""
+    return {f"{name}_headroom_GB": (room - used) / GB for name, room, used in zip(tier_names, capacity, held, strict=True)}
+
+
+def rate(tokens: float, latency: float) -> float | None:
+    """tokens/s of a step; None if it takes no time."""
+    return tokens / latency if latency else None
+
+
+def as_operation(operation: Operation | Mapping[str, Any]) -> Operation:
+    """An operation, or one from its fields by name, as files hold it."""
+    return operation if isinstance(operation, Operation) else Operation(**operation)

@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .. import __version__
 from ..models.cache_ratio import CacheRatioProblem
 from ..models.hardware import System
+from ..models.offload import offload_layers
 from ..models.offload_profiles import DATASHEET, OffloadProfile
-from ..models.price import access_energy, assumptions
+from ..models.price import ASSUMED_OPERATION, Operation, access_energy, assumptions
+from ..models.price import step_energy as priced_step
 from ..models.recompute_split import RecomputeSplitProblem
 from ..models.workload import Workload
 from ..solvers.cache_ratio import HybridServeRatio, LpRatio
 from ..solvers.recompute_split import ClosedFormSplit
 from ..solvers.result import Solver
+from .mapping_score import as_operation, headroom_columns, priced_columns, single
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadScore:
     """A ``score`` for ``explore``: the columns of a design, which is a pair of a System and a Workload; None if nothing fits.
 
-    throughput_tok_per_s of decoding and latency_s of a step under the best cache ratio; memory_usd; energy_J_per_tok of memory accesses
-    (link and compute left out); heuristic_gap = (HybridServe's rule - optimum) / rule; act_share of blocks kept as activations,
-    split_tokens and split_latency_s of KVPR's staged split for the same step; r, rho, w, c; solver, status, gap, profile,
-    version, ``assumed`` prices and energies.
+    throughput_tok_per_s of decoding and latency_s of a step under the best cache ratio; energy_J_per_tok, memory_usd and the other columns
+    of ``priced_columns``; TIER_headroom_GB of the GPU (of what the profile lets it use) and the host; heuristic_gap = (HybridServe's
+    rule - optimum) / rule; act_share of blocks kept as activations, split_tokens and split_latency_s of KVPR's staged split for the same
+    step; r, rho, w, c; solver, status, gap, profile, version, ``assumed`` numbers.
     """
 
     profile: OffloadProfile = DATASHEET
     solver: Solver = field(default_factory=LpRatio)
+    operation: Operation = ASSUMED_OPERATION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "operation", as_operation(self.operation))
 
     def settings(self) -> dict[str, Any]:
         """The fields by name: what ``write_csv`` keeps so that ``rerun`` can price a row again."""
-        return {"profile": self.profile, "solver": self.solver}
+        return {"profile": self.profile, "solver": self.solver, "operation": asdict(self.operation)}
 
     def __call__(self, design: Sequence[Any]) -> dict[str, Any] | None:
         """The columns of one design."""
@@ -49,14 +56,17 @@ class OffloadScore:
         ratios = problem.ratios
         blocks = plan.kv_gpu + plan.act_gpu + plan.kv_host + plan.act_host
         acts = plan.act_gpu + plan.act_host
-        known: dict[str, Any] = {"throughput_tok_per_s": workload.batch / cost.latency, "latency_s": cost.latency}
-        if all(tier.cost is not None for tier in system.tiers):
-            known["memory_usd"] = system.memory_cost
+        energy = None
         if all(tier.energy is not None for tier in system.tiers[:2]):
-            share = acts / blocks if blocks else 0.0
-            known["energy_J_per_tok"] = step_energy(system, workload, cost.to_device_bytes, share) / workload.batch
+            work = step_work(system, workload, cost.to_device_bytes, acts / blocks if blocks else 0.0)
+            energy = priced_step(system, latency=cost.latency, **work)
+        priced = single(priced_columns(system, energy, latency=cost.latency, tokens=workload.batch, operation=self.operation))
+        priced.pop("energy_J", None)  # of a whole step, as energy_J_per_tok is of a token
         return {
-            **known,
+            "throughput_tok_per_s": workload.batch / cost.latency,
+            "latency_s": cost.latency,
+            **priced,
+            **headroom_columns(cost.tier_names, cost.capacity, cost.tier_bytes),
             "heuristic_latency_s": rule,
             "heuristic_gap": None if rule is None else (rule - cost.latency) / rule,
             "act_share": acts / blocks if blocks else 0.0,
@@ -75,17 +85,33 @@ class OffloadScore:
             "gap": result.gap,
             "profile": self.profile.name,
             "version": __version__,
-            "assumed": "; ".join(assumptions(system)),
+            "assumed": "; ".join(assumptions(system, self.operation)),
         }
 
 
 def step_energy(system: System, workload: Workload, to_device: float, act_share: float) -> float:
-    """J of the memory accesses of one decode step with streamed weights, of which ``to_device`` [B] come from the host.
+    """J of the memory accesses of one decode step with streamed weights: see ``step_work``."""
+    return access_energy(system, step_work(system, workload, to_device, act_share)["traffic"])
+
+
+def step_work(system: System, workload: Workload, to_device: float, act_share: float) -> dict[str, list[float]]:
+    """Bytes accessed and FLOPs by tier, and bytes over each link, of one decode step with streamed weights; ``to_device`` [B] come from
+    the host.
 
     Host: reads what is sent. GPU: writes what arrives, reads weights and all keys and values, and for the share kept as activations
-    reads them and writes the keys and values recomputed.
+    reads them and writes the keys and values recomputed; it does all FLOPs, those of recomputation too. The keys and values of the new
+    token, which go back to the host, are left out: one of ``context`` tokens.
     """
-    llm = workload.llm
-    acts = act_share * workload.batch * workload.context * llm.num_hidden_layers * llm.hidden_size * workload.activation_bits / 8
+    llm, tokens = workload.llm, workload.batch * workload.context
+    acts = act_share * tokens * llm.num_hidden_layers * llm.hidden_size * workload.activation_bits / 8
     gpu = to_device + workload.weight_bytes + workload.state_bytes * (1 + act_share) + acts
-    return access_energy(system, [gpu, to_device, *[0.0] * (len(system.tiers) - 2)])
+    flops = 0.0
+    for layer in offload_layers(workload):
+        flops += layer.layers * (layer.linear_flops + tokens * (layer.attention_flops + act_share * layer.recompute_flops))
+    down = (system.tier_names[1], system.tier_names[0])
+    others = [0.0] * (len(system.tiers) - 2)
+    return {
+        "traffic": [gpu, to_device, *others],
+        "flops": [flops, 0.0, *others],
+        "link_bytes": [to_device if (link.source, link.target) == down else 0.0 for link in system.links],
+    }

@@ -14,11 +14,27 @@ from .offload_baselines import GenerationCost, OffloadBaseline
 from .offload_profiles import DATASHEET, FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER, KVPR_NOMINAL, KVPR_PAPER, OffloadProfile
 from .placement import PlacementPlan, PlacementProblem
 from .placement_t4 import FLEXGEN_T4, FLEXGEN_T4_FAST_DISK, PlacementProfile
+from .price import (
+    ASSUMED_OPERATION,
+    Operation,
+    StepEnergy,
+    SystemArea,
+    SystemCost,
+    energy_per_token,
+    mean_power,
+    static_power,
+    step_energy,
+    system_area,
+    system_cost,
+    usd_per_Mtok,
+)
 from .profiles import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3, Profile
 from .recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitGeneration, best_splits, split_generation
+from .systems import Systems
 from .workload import Kernel, Workload, kernels
 
 __all__ = [
+    "ASSUMED_OPERATION",
     "DATASHEET",
     "FIRST_PRINCIPLES",
     "FLEXGEN_ON_HYBRIDSERVE",
@@ -51,6 +67,7 @@ __all__ = [
     "OffloadMachine",
     "OffloadProfile",
     "OffloadRatios",
+    "Operation",
     "PlacementPlan",
     "PlacementProblem",
     "PlacementProfile",
@@ -59,14 +76,25 @@ __all__ = [
     "RatioLayer",
     "RecomputeSplitPlan",
     "RecomputeSplitProblem",
-    "SplitGeneration",
     "Split",
+    "SplitGeneration",
+    "StepEnergy",
     "System",
+    "SystemArea",
+    "SystemCost",
+    "Systems",
     "TransitionCost",
     "Workload",
-    "kernels",
     "best_splits",
+    "energy_per_token",
+    "kernels",
+    "mean_power",
     "offload_layers",
     "offload_ratios",
     "split_generation",
+    "static_power",
+    "step_energy",
+    "system_area",
+    "system_cost",
+    "usd_per_Mtok",
 ]

@@ -11,16 +11,23 @@ energy = "3.9 pJ/bit"
 energy_source = "assumption: as HBM2"        # a source that begins with "assumption" is called so in every output
 cost = "15 USD/GB"
 cost_source = "assumption"
+static_power = "10 W"                        # of the whole tier while it is on; with static_power_source
 [[unit]]                                     # one for each processor
 name = "HBM chip"
 tier = "HBM"                                 # the memory it sits on
 matrix_peak = "131 TFLOP/s"
 vector_peak = "33 TFLOP/s"
 tile = 128                                   # only for weight-stationary arrays
+energy = "0.7 pJ/FLOP"                       # optional, as is all below, each with a ..._source
+static_power = "55 W"
+area = "400 mm2"
+silicon_cost = "0.13 USD/mm2"                # the price is area x silicon_cost, or cost = "900 USD" a device
 [[link]]                                     # one for each direction
 source = "HBM"
 target = "LPDDR"
 bandwidth = "960 GB/s"
+energy = "1.3 pJ/bit"                        # optional, as is the cost, each with a ..._source
+cost = "0 USD"
 """
 
 from __future__ import annotations
@@ -41,6 +48,11 @@ Seconds = Annotated[float, BeforeValidator(partial(quantity, dimension="time"))]
 FlopPerSecond = Annotated[float, BeforeValidator(partial(quantity, dimension="compute rate"))]
 JoulePerByte = Annotated[float, BeforeValidator(partial(quantity, dimension="energy"))]
 UsdPerByte = Annotated[float, BeforeValidator(partial(quantity, dimension="price"))]
+JoulePerFlop = Annotated[float, BeforeValidator(partial(quantity, dimension="compute energy"))]
+Watts = Annotated[float, BeforeValidator(partial(quantity, dimension="power"))]
+SquareMetres = Annotated[float, BeforeValidator(partial(quantity, dimension="area"))]
+Usd = Annotated[float, BeforeValidator(partial(quantity, dimension="price of a part"))]
+UsdPerSquareMetre = Annotated[float, BeforeValidator(partial(quantity, dimension="price of silicon"))]
 
 
 class _Sheet(BaseModel):
@@ -57,6 +69,8 @@ class _Tier(_Sheet):
     energy_source: str = ""
     cost: UsdPerByte | None = None
     cost_source: str = ""
+    static_power: Watts | None = None
+    static_power_source: str = ""
 
 
 class _Unit(_Sheet):
@@ -65,6 +79,16 @@ class _Unit(_Sheet):
     matrix_peak: FlopPerSecond
     vector_peak: FlopPerSecond
     tile: int | None = None
+    energy: JoulePerFlop | None = None
+    energy_source: str = ""
+    static_power: Watts | None = None
+    static_power_source: str = ""
+    area: SquareMetres | None = None
+    area_source: str = ""
+    cost: Usd | None = None
+    cost_source: str = ""
+    silicon_cost: UsdPerSquareMetre | None = None
+    silicon_cost_source: str = ""
 
 
 class _Link(_Sheet):
@@ -73,6 +97,10 @@ class _Link(_Sheet):
     bandwidth: BytesPerSecond
     latency: Seconds = 0.0
     efficiency: float = 1.0
+    energy: JoulePerByte | None = None
+    energy_source: str = ""
+    cost: Usd | None = None
+    cost_source: str = ""
 
 
 class _Machine(_Sheet):

@@ -17,8 +17,9 @@ class MemoryTier:
     """One memory: what it holds, how fast it is read, what an access and a byte of it cost.
 
     ``capacity`` [B], ``bandwidth`` [B/s], ``latency`` [s] of a first access, ``page`` [B] (1: no paging),
-    ``energy`` [J/B] of an access and ``cost`` [USD/B]; None where unknown. ``energy_source`` and ``cost_source`` say where the
-    number comes from; one that begins with "assumption" is called so in every output that uses it.
+    ``energy`` [J/B] of an access, ``cost`` [USD/B] and ``static_power`` [W] of the whole tier while it is on, whatever it does; None
+    where unknown. ``energy_source``, ``cost_source`` and ``static_power_source`` say where the number comes from, with a year; one
+    that begins with "assumption" is called so in every output that uses it. So it is with the sources of units and links.
     """
 
     name: str
@@ -28,17 +29,17 @@ class MemoryTier:
     page: int = 1
     energy: float | None = None
     cost: float | None = None
+    static_power: float | None = None
     energy_source: str = ""
     cost_source: str = ""
+    static_power_source: str = ""
 
     def __post_init__(self) -> None:
         check_name("memory tier", self.name)
         check_number(f"tier {self.name!r}", "capacity", self.capacity, "B", zero=True, infinite=False)
         check_number(f"tier {self.name!r}", "bandwidth", self.bandwidth, "B/s")
         check_number(f"tier {self.name!r}", "latency", self.latency, "s", zero=True, infinite=False)
-        for field in ("energy", "cost"):
-            if getattr(self, field) is not None:
-                check_number(f"tier {self.name!r}", field, getattr(self, field), "per B", zero=True, infinite=False)
+        _check_optional(f"tier {self.name!r}", self, energy="J/B", cost="USD/B", static_power="W")
         object.__setattr__(self, "page", whole(f"tier {self.name!r}", "page", self.page, "bytes"))
 
 
@@ -49,6 +50,9 @@ class ComputeUnit:
     ``matrix_peak`` [FLOP/s] for products of matrices, ``vector_peak`` [FLOP/s] for decode attention. ``tile`` is the number of
     cycles, in rows of input, for which a weight-stationary array is busy with each tile of weights whatever the batch: it
     gives the tile-load floor of ``roofline``. None (a GPU, a CPU): no such floor.
+
+    ``energy`` [J/FLOP], ``static_power`` [W] while it is on, whatever it does, and ``area`` [m2] of its silicon; None where unknown.
+    Its price is ``cost`` [USD a device] or, where that is None, ``area`` x ``silicon_cost`` [USD/m2]. Memory is priced on its tier.
     """
 
     name: str
@@ -56,6 +60,16 @@ class ComputeUnit:
     matrix_peak: float
     vector_peak: float
     tile: int | None = None
+    energy: float | None = None
+    static_power: float | None = None
+    area: float | None = None
+    cost: float | None = None
+    silicon_cost: float | None = None
+    energy_source: str = ""
+    static_power_source: str = ""
+    area_source: str = ""
+    cost_source: str = ""
+    silicon_cost_source: str = ""
 
     def __post_init__(self) -> None:
         check_name("compute unit", self.name)
@@ -63,17 +77,23 @@ class ComputeUnit:
         check_number(f"unit {self.name!r}", "vector_peak", self.vector_peak, "FLOP/s")
         if self.tile is not None:
             object.__setattr__(self, "tile", whole(f"unit {self.name!r}", "tile", self.tile, "rows"))
+        _check_optional(f"unit {self.name!r}", self, energy="J/FLOP", static_power="W", area="m2", cost="USD", silicon_cost="USD/m2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One direction of a connection between two tiers: ``bandwidth`` [B/s], ``latency`` [s], reached share ``efficiency``."""
+    """One direction of a connection between two tiers: ``bandwidth`` [B/s], ``latency`` [s], reached share ``efficiency``;
+    ``energy`` [J/B] of a transfer and ``cost`` [USD], None where unknown."""
 
     source: str
     target: str
     bandwidth: float
     latency: float = 0.0
     efficiency: float = 1.0
+    energy: float | None = None
+    cost: float | None = None
+    energy_source: str = ""
+    cost_source: str = ""
 
     def __post_init__(self) -> None:
         what = f"link {self.source!r} -> {self.target!r}"
@@ -81,6 +101,7 @@ class Link:
         check_number(what, "latency", self.latency, "s", zero=True, infinite=False)
         if not 0 < self.efficiency <= 1:
             raise ValueError(f"{what}: efficiency must be above 0 and at most 1, not {self.efficiency!r}")
+        _check_optional(what, self, energy="J/B", cost="USD")
         if self.source == self.target:
             raise ValueError(f"{what}: a link joins two different tiers; remove it or name another target")
 
@@ -202,3 +223,10 @@ class System:
 
     def __str__(self) -> str:
         return f"{self.name} (" + ", ".join(f"{t.name} {t.capacity / GB:g} GB {t.bandwidth / GB:g} GB/s" for t in self.tiers) + ")"
+
+
+def _check_optional(what: str, item: object, **units: str) -> None:
+    """The fields named in ``units`` are None, or finite numbers of at least 0 in that unit."""
+    for field, unit in units.items():
+        if getattr(item, field) is not None:
+            check_number(what, field, getattr(item, field), unit, zero=True, infinite=False)

@@ -130,7 +130,7 @@ class Systems:
 
     def __getitem__(self, index: int) -> System:
         """Machine number ``index``."""
-        changed: dict[str, tuple[Any, ...]] = {}
+        changed: dict[str, Any] = {}
         for part in DIMENSIONS:
             changed[part] = tuple(
                 replace(

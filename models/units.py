@@ -1,6 +1,6 @@
 """SI constants, and quantities with a unit written by a person ("96 GB", "3 TB/s", "3.9 pJ/bit").
 
-Inside memsplit every number is SI: bytes, seconds, bytes/s, FLOP/s, J, USD. GB is 1e9 and GiB is 2**30; a multiply-add is 2 FLOP.
+Inside memsplit every number is SI: bytes, seconds, bytes/s, FLOP/s, J, W, m2, USD. GB is 1e9 and GiB is 2**30; a multiply-add is 2 FLOP.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ KiB, MiB, GiB, TiB = 2**10, 2**20, 2**30, 2**40
 ms, us, ns = 1e-3, 1e-6, 1e-9
 GFLOPS, TFLOPS, PFLOPS = 1e9, 1e12, 1e15
 pJ = 1e-12
+kWh = 3.6e6
+mm2 = 1e-6
+YEAR = 365.25 * 24 * 3600
 
 _BYTES = {"B": 1.0, "kB": kB, "MB": MB, "GB": GB, "TB": TB, "KiB": KiB, "MiB": MiB, "GiB": GiB, "TiB": TiB}
 _FLOPS = {"FLOP/s": 1.0, "GFLOP/s": GFLOPS, "TFLOP/s": TFLOPS, "PFLOP/s": PFLOPS}
@@ -23,7 +26,12 @@ UNITS: dict[str, dict[str, float]] = {
     "time": {"s": 1.0, "ms": ms, "us": us, "ns": ns},
     "compute rate": _FLOPS,
     "energy": {"J/B": 1.0, "pJ/B": pJ, "pJ/bit": 8 * pJ},
+    "compute energy": {"J/FLOP": 1.0, "pJ/FLOP": pJ},
+    "power": {"W": 1.0, "mW": 1e-3, "kW": 1e3},
+    "area": {"m2": 1.0, "mm2": mm2},
     "price": {"USD/B": 1.0, "USD/GB": 1 / GB, "USD/GiB": 1 / GiB},
+    "price of a part": {"USD": 1.0},
+    "price of silicon": {"USD/m2": 1.0, "USD/mm2": 1 / mm2},
 }
 
 _QUANTITY = re.compile(r"\s*+([-+]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d++)?|inf)\s*+(\S*+)\s*+")

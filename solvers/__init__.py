@@ -6,6 +6,7 @@ if not __name__.startswith("memsplit."):
 from .cache_ratio import ActFirstRatio, CpSatRatio, EnumerationRatio, HybridServeRatio, LpRatio, MilpRatio, SingleFormRatio
 from .kernel_mapping import ConvexMapping, CpSatMapping, MilpMapping, PatternMapping, TableMapping
 from .kernel_mapping_heuristics import FlexGenMapping, GreedyMapping, MajorMapping, NaiveMapping, SingleTierMapping, UniformMapping
+from .kernel_mapping_front import FrontPlan, front_of_designs, latency_energy_front
 from .mini_batches import CpSatBatches, FirstComeBatches, GreedyRatioBatches, MilpBatches
 from .placement import CharnesCooperPlacement, FixedPlacement, FlexGenPlacement, PulpPlacement
 from .recompute_split import ClosedFormSplit, CpSatSplit, EnumerationSplit, FixedShareSplit, MilpSplit
@@ -27,6 +28,7 @@ __all__ = [
     "FixedShareSplit",
     "FlexGenMapping",
     "FlexGenPlacement",
+    "FrontPlan",
     "GreedyMapping",
     "GreedyRatioBatches",
     "HybridServeRatio",
@@ -46,4 +48,6 @@ __all__ = [
     "Status",
     "TableMapping",
     "UniformMapping",
+    "front_of_designs",
+    "latency_energy_front",
 ]

@@ -1,6 +1,8 @@
 """Data sheets: those that memsplit ships, and what is said of bad ones: one sentence with file, entry and what is wrong."""
 
+import dataclasses
 import math
+import re
 import time
 import tomllib
 from collections.abc import Callable
@@ -26,6 +28,7 @@ latency = "100 ns"
 page = "2 MiB"
 energy = "3.9 pJ/bit"
 cost = "15 USD/GB"
+static_power = "12 W"
 
 [[tier]]
 name = "CPU"
@@ -37,12 +40,19 @@ name = "GPU"
 tier = "HBM"
 matrix_peak = "990 TFLOP/s"
 vector_peak = "67 TFLOP/s"
+energy = "0.6 pJ/FLOP"
+static_power = "80 W"
+area = "814 mm2"
+silicon_cost = "0.2 USD/mm2"
+cost = "900 USD"
 
 [[link]]
 source = "CPU"
 target = "HBM"
 bandwidth = "64 GB/s"
 efficiency = 0.8
+energy = "6 pJ/bit"
+cost = "30 USD"
 """
 
 
@@ -60,17 +70,24 @@ def test_a_sheet_is_read_into_si_units(tmp_path):
     assert (cpu.capacity, cpu.page, cpu.energy, cpu.cost) == (2**39, 1, None, None)
     assert (system.units[0].matrix_peak, system.units[0].tile) == (990e12, None)
     assert (system.links[0].bandwidth, system.links[0].latency, system.links[0].efficiency) == (64e9, 0.0, 0.8)
+    gpu, link = system.units[0], system.links[0]
+    assert (hbm.static_power, gpu.energy, gpu.static_power) == pytest.approx((12, 0.6e-12, 80), rel=1e-12)
+    assert (gpu.area, gpu.silicon_cost, gpu.cost) == pytest.approx((814e-6, 0.2e6, 900), rel=1e-12)
+    assert (link.energy, link.cost, cpu.static_power) == (pytest.approx(48e-12, rel=1e-12), 30, None)
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_sheets_load_and_name_their_sources(path):
-    """Every energy and price says where it comes from, if only that it is assumed."""
+    """Every energy, price and area says where it comes from, with a year, or that it is assumed."""
     system = System.from_toml(path)
     assert SYSTEMS[path.stem] == system
     assert tomllib.loads(path.read_text(encoding="utf-8"))["source"]
+    for part in (*system.tiers, *system.units, *system.links):
+        for field in [field.name for field in dataclasses.fields(part) if field.name.endswith("_source")]:
+            source = getattr(part, field)
+            assert (getattr(part, field.removesuffix("_source")) is None) == (not source), f"{part}: {field}"
+            assert not source or source.startswith("assumption") or re.search(r"\b20\d\d\b", source), f"{part}: {field}"
     for tier in system.tiers:
-        assert tier.energy is None or tier.energy_source
-        assert tier.cost is None or tier.cost_source
         assert system.consumer(tier.name)
 
 
@@ -97,6 +114,11 @@ BAD = {
     "an infinite page": ('page = "2 MiB"', 'page = "inf B"', ["tier 'HBM'", "page", "inf"]),
     "unit on a tier that does not exist": ('tier = "HBM"', 'tier = "HBN"', ["unit 'GPU'", "'HBN'", "['HBM', 'CPU']"]),
     "link to a tier that does not exist": ('target = "HBM"', 'target = "HBN"', ["'CPU' -> 'HBN'", "['HBM', 'CPU']"]),
+    "area without a unit": ('area = "814 mm2"', 'area = "814"', ["unit 'GPU'", "area", "no unit"]),
+    "a price a byte where one a device is asked": ('cost = "900 USD"', 'cost = "900 USD/GB"', ["unit 'GPU'", "cost", "'USD/GB'"]),
+    "an energy a byte of a unit": ('energy = "0.6 pJ/FLOP"', 'energy = "0.6 pJ/bit"', ["unit 'GPU'", "energy", "'pJ/bit'"]),
+    "negative power": ('static_power = "12 W"', 'static_power = "-12 W"', ["tier 'HBM'", "static_power", "-12"]),
+    "infinite cost": ('cost = "30 USD"', 'cost = "inf USD"', ["'CPU' -> 'HBM'", "cost", "inf"]),
     "link to itself": ('target = "HBM"', 'target = "CPU"', ["'CPU' -> 'CPU'", "different"]),
     "efficiency above 1": ("efficiency = 0.8", "efficiency = 1.8", ["'CPU' -> 'HBM'", "efficiency", "1.8"]),
     "efficiency with a unit": ("efficiency = 0.8", 'efficiency = "80 %"', ["CPU -> HBM", "efficiency", "80 %"]),
@@ -190,6 +212,11 @@ def value_or_refusal(call: Callable[[], Any]) -> tuple[Any, str]:
         ("131.072 TFLOP/s", "compute rate", 131.072e12),
         ("3.9 pJ/bit", "energy", 31.2e-12),
         ("2 USD/GiB", "price", 2 / 2**30),
+        ("0.7 pJ/FLOP", "compute energy", 0.7e-12),
+        ("5 mW", "power", 5e-3),
+        ("826 mm2", "area", 826e-6),
+        ("0.132 USD/mm2", "price of silicon", 132e3),
+        ("900 USD", "price of a part", 900.0),
     ],
 )
 def test_quantities_are_numbers_with_a_unit(text, dimension, value):

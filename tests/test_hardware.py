@@ -25,6 +25,13 @@ BAD_FIELDS = [
     *[(MemoryTier, TIER, "latency", value) for value in (-1e-9, math.nan, math.inf)],
     *[(MemoryTier, TIER, "energy", value) for value in (-1, math.nan, math.inf)],
     *[(MemoryTier, TIER, "cost", value) for value in (-1, math.nan, math.inf)],
+    *[(MemoryTier, TIER, "static_power", value) for value in (-1, math.nan, math.inf, "10 W", True)],
+    *[
+        (ComputeUnit, UNIT, field, value)
+        for field in ("energy", "static_power", "area", "cost", "silicon_cost")
+        for value in (-1, math.nan)
+    ],
+    *[(Link, LINK, field, value) for field in ("energy", "cost") for value in (-1, math.inf)],
     *[(MemoryTier, TIER, "page", value) for value in (0, -4096, 1.5, math.nan, math.inf, "2 MiB", True)],
     *[(ComputeUnit, UNIT, "matrix_peak", value) for value in (0, -1, math.nan)],
     *[(ComputeUnit, UNIT, "vector_peak", value) for value in (0, -1, math.nan)],
@@ -166,12 +173,32 @@ def test_energy_is_bytes_times_joules_per_byte():
 
 @given(st.lists(st.booleans(), min_size=4, max_size=4))
 def test_what_no_source_backs_is_called_an_assumption(sourced):
-    """A price or an energy without a source, or with one that begins with "assumption"."""
+    """A price or an energy without a source, or with one that begins with "assumption"; links and units here have no numbers."""
     sources = ["J. Doe, A Memory, 2024" if known else "assumption: a guess" for known in sourced]
-    system = H2M2_SYSTEM.with_tier("HBM", cost_source=sources[0], energy_source=sources[1])
-    system = system.with_tier("LPDDR", cost_source=sources[2], energy_source=sources[3] if sourced[3] else "")
+    plain = replace(H2M2_SYSTEM, units=(ComputeUnit(**UNIT),), links=())
+    system = plain.with_tier("HBM", cost_source=sources[0], energy_source=sources[1], static_power=None)
+    system = system.with_tier("LPDDR", cost_source=sources[2], energy_source=sources[3] if sourced[3] else "", static_power=None)
     texts = ["HBM cost 15 USD/GB", "HBM energy 3.9 pJ/bit", "LPDDR cost 5 USD/GB", "LPDDR energy 4.5 pJ/bit"]
     assert assumptions(system) == tuple(text for text, known in zip(texts, sourced, strict=True) if not known)
+
+
+def test_assumptions_about_units_and_links_are_named_with_their_units():
+    unit = ComputeUnit(**UNIT, energy=0.5e-12, static_power=7, area=400e-6, silicon_cost=2e5)
+    system = replace(
+        H2M2_SYSTEM,
+        tiers=tuple(replace(tier, cost=None, energy=None, static_power=3.0) for tier in H2M2_SYSTEM.tiers),
+        units=(unit, replace(unit, name="other", cost=12, cost_source="a list, 2024", area_source="a white paper, 2024")),
+        links=(Link(**LINK, energy=8e-12, cost=5),),
+    )
+    assert assumptions(system) == (
+        "HBM, LPDDR static power 3 W",
+        "chip, other energy 0.5 pJ/FLOP",
+        "chip, other static power 7 W",
+        "chip area 400 mm2",
+        "chip, other silicon cost 0.2 USD/mm2",
+        "HBM_to_LPDDR energy 1 pJ/bit",
+        "HBM_to_LPDDR cost 5 USD",
+    )
 
 
 def test_published_machines_are_what_the_paper_says():
