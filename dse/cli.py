@@ -1,4 +1,4 @@
-"""The command line: ``memsplit plan``, ``memsplit study``, ``memsplit rerun``. Bad input ends in one sentence and exit code 2."""
+"""The command line: ``memsplit plan``, ``explain``, ``rerun`` and ``study``. Bad input ends in one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import pandas as pd
 
 from .. import __version__
 from ..models.baselines import hierarchical
+from ..models.cache_ratio import CacheRatioProblem
 from ..models.kernel_mapping import KernelMappingPlan, KernelMappingProblem
 from ..models.kernel_mapping_tables import Granularity
 from ..models.price import assumptions
 from ..models.profiles import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3
+from ..models.recompute_split import RecomputeSplitProblem
 from ..models.units import GB, ms
 from ..solvers.kernel_mapping import ConvexMapping, CpSatMapping, MilpMapping, PatternMapping, TableMapping
 from ..solvers.kernel_mapping_heuristics import (
@@ -28,7 +30,8 @@ from ..solvers.kernel_mapping_heuristics import (
     UniformMapping,
 )
 from ..solvers.result import Solver, SolverResult, Status
-from .rerun import rerun
+from .explain import explain
+from .rerun import explain_row, rerun
 from .study import served, serving_arguments, show
 from .table import check_writable, write_csv
 
@@ -49,6 +52,7 @@ METHODS: dict[str, Solver] = {
     "single_tier": SingleTierMapping(),
 }
 HEURISTICS = ("greedy", "attention_major", "qkv_major", "fc_major", "flexgen_lp", "uniform", "naive")
+EXPLAINED = ("kernel_mapping", "cache_ratio", "recompute_split")
 STUDIES = Path(__file__).parent.parent / "studies"
 
 
@@ -86,6 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("table", type=Path, help="a CSV with the JSON that was written beside it")
     again.add_argument("--row", type=int, default=0, help="row, counted from 0 (default: %(default)s)")
     again.set_defaults(run=_rerun)
+    why = commands.add_parser("explain", help="what binds in a plan, what one more GB or GB/s is worth, or what would make it fit")
+    why.add_argument("table", type=Path, nargs="?", help="a table with the JSON that was written beside it (default: --system and --llm)")
+    why.add_argument("--row", type=int, default=0, help="row of the table, counted from 0 (default: %(default)s)")
+    serving_arguments(why, batch=32)
+    why.add_argument(
+        "--problem", choices=EXPLAINED, default="kernel_mapping", help="what is planned, without a table (default: %(default)s)"
+    )
+    why.add_argument("--step", type=float, default=1.0, help="GB, GB/s or TFLOP/s over which differences are taken (default: %(default)s)")
+    why.add_argument("--out", type=Path, help="CSV to write the explanation to")
+    why.set_defaults(run=_why)
     commands.add_parser("study", help="run a design study; `memsplit study --list` names them")
     return parser
 
@@ -105,6 +119,32 @@ def _study(arguments: list[str]) -> int:
 def _rerun(parsed: argparse.Namespace) -> int:
     show(rerun(parsed.table, parsed.row), title=f"{parsed.table}, row {parsed.row}")
     return 0
+
+
+def _why(parsed: argparse.Namespace) -> int:
+    if parsed.out is not None:
+        check_writable(parsed.out)
+    if parsed.table is not None:
+        found = explain_row(parsed.table, parsed.row, step=parsed.step)
+    else:
+        found = (explain(_asked(parsed), step=parsed.step),)
+    for explanation in found:
+        print(explanation, end="\n\n")
+    if parsed.out is not None:
+        # Each explanation is a block of rows; the subject says what the rows are of.
+        write_csv(parsed.out, pd.concat([one.frame().assign(subject=one.subject, version=__version__) for one in found]))
+        print(f"Written: {parsed.out}")
+    return 0 if all(explanation.feasible for explanation in found) else 1
+
+
+def _asked(parsed: argparse.Namespace) -> KernelMappingProblem | CacheRatioProblem | RecomputeSplitProblem:
+    """The problem that the arguments name."""
+    system, workload = served(parsed)
+    if parsed.problem == "cache_ratio":
+        return CacheRatioProblem.build(system, workload)
+    if parsed.problem == "recompute_split":
+        return RecomputeSplitProblem.build(system, workload, weights="host")
+    return KernelMappingProblem.build(system, workload, grouped=len(system.tiers) <= 2)
 
 
 def _plan(parsed: argparse.Namespace) -> int:

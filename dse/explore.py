@@ -5,28 +5,30 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ._pricing import Price, Pricing, Score
+from ._search import Finished, Search, all_finished, in_generations, one_by_one
+from ._storage import Record, open_storage, open_study, settings_key
 from .pareto import Objective, check_objectives, minimised, non_dominated
+from .samplers import NSGA2, Sampler, described, is_value
 from .table import Shared
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
 
 Design = TypeVar("Design")
-Score = Mapping[str, Any] | None
-
-_OWN_COLUMNS = ("trial", "feasible", "on_front", "seed", "design")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,61 +65,98 @@ def explore(
     trials: int,
     constraints: Sequence[Constraint] = (),
     seed: int = 0,
-    sampler: BaseSampler | None = None,
+    sampler: Sampler | BaseSampler | None = None,
     batch_score: Callable[[list[Design]], Sequence[Score]] | None = None,
-    population: int = 50,
+    population: int | None = None,
     settings: Mapping[str, Any] | None = None,
     dominated: bool = False,
     progress: bool | None = None,
     timeout: float | None = None,
+    storage: str | Path | BaseStorage | None = None,
+    name: str | None = None,
+    workers: int = 1,
+    synchronous: bool = True,
+    patience: float = 60.0,
 ) -> pd.DataFrame:
     """The Pareto front of ``objectives`` among ``trials`` designs proposed by Optuna.
 
     ``design(trial)`` asks Optuna's own trial for parameters and returns a design, such as a System. ``score(design)`` returns
     a dict of columns, named with their units, among them every objective; or None if nothing fits. ``batch_score(designs)``,
-    if given, prices in its place all designs that are asked at once: ``population`` of them.
+    if given, prices in its place all designs that are asked at once: ``population`` of them (None: as many as suit the sampler).
 
-    ``sampler`` is any of Optuna's; None: NSGA-II with ``seed``, and the same seed gives the same frame. Samplers that learn
-    from every single trial, such as TPE, want ``population=1``, and those of a finite grid may end the search before ``trials``.
-    A sampler has its own seed, so the column stays empty. On a single parameter, Optuna's NSGA-II is a random search.
+    ``sampler`` is a value of ``samplers`` (None: ``NSGA2()``) with its own seed or else ``seed``, and the same seed gives the same frame.
+    Any sampler object of Optuna's will do, too; it has its own seed, so the column stays empty. Those that learn from every single trial
+    want ``population=1``, and those of a finite grid may end the search before ``trials``.
     ``constraints`` reach the sampler as constraints, not as penalties; a row that violates one is never on the front.
+
+    ``storage`` keeps the trials under ``name``: the path of a journal file, a database (``postgresql://``, ``mysql://``, ``sqlite:///``),
+    ``grpc://host:port`` of Optuna's proxy, or a storage of Optuna's. The same call goes on where it was stopped or killed; ``trials``
+    is the total, and may have grown. A name belongs to its objectives, constraints, settings, sampler, seed and population.
+
+    ``synchronous``: each population is asked, priced and told as a whole and in order. With ``workers`` above 1 its pricing is spread over
+    so many processes, for which the score has to be importable and the script to have ``if __name__ == "__main__":``. The frame is the same
+    for any number of workers and wherever the search was stopped, given a sampler with a seed and a score that prices a design the same in
+    any company: what the storage knows is told to a fresh sampler again, which costs its time, and is not priced again.
+
+    ``synchronous=False``: any number of processes and machines run the same call with one ``storage`` and ``name``, and each asks whenever
+    a worker is free. **Which designs are tried then depends on timing**, not on the seed alone. Exactly ``trials`` designs are finished at
+    the end; each process waits for that and returns all of them. Those of a process without a sign of life for ``patience`` seconds are
+    replaced.
 
     The frame has one row a design on the front (once, however often it was proposed) or, with ``dominated``, one a trial that
     was not infeasible. Columns: trial, the parameters, the score's, feasible, on_front, seed. The front comes first,
     best first in the first objective. ``attrs``: "finished" trials, of them "infeasible" (score None); "interrupted", whether
-    Ctrl-C ended the search; "designs" by trial, and "settings", what else the rows depend on, both for ``write_csv``.
+    Ctrl-C ended the search; "designs" by trial, and "settings", what else the rows depend on, both for ``write_csv``; "sampler", its
+    fields.
 
     Ctrl-C and ``timeout`` [s] keep what is finished; if nothing is, KeyboardInterrupt goes on. ``progress``: a bar on stderr;
     None: if stderr is a terminal.
     """
     check_objectives(objectives)
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, not {trials!r}")
-    if population < 1:
-        raise ValueError(f"population must be at least 1 design, not {population!r}")
+    chosen: Sampler | BaseSampler = NSGA2() if sampler is None else sampler
+    value = cast("Sampler", chosen) if is_value(chosen) else None
+    if population is None:
+        population = 50 if value is None else value.population
+    for number, what in ((trials, "trials must be at least 1"), (population, "population must be at least 1 design")):
+        if number < 1:
+            raise ValueError(f"{what}, not {number!r}")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1 process, not {workers!r}")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout must be above 0 s, not {timeout!r}; None sets no limit")
-    if batch_score is not None:
-        price: Callable[[list[Design]], Iterable[Score]] = partial(_whole, batch_score)
-    elif score is not None:
-        price = partial(map, score)
-    else:
-        raise ValueError("nothing prices the designs; give score or batch_score")
-    finished: list[_Finished] = []
-    interrupted = False
-    with _quiet_optuna():
-        study = _study(objectives, sampler, seed, max(2, min(population, trials)))
-        try:
-            with tqdm(total=trials, unit="design", disable=None if progress is None else not progress) as bar:
-                for trial, proposed, priced in _priced(study, design, price, trials, population, timeout):
-                    finished.append(_tell(study, trial, proposed, priced, objectives, constraints))
-                    bar.update()
-        except KeyboardInterrupt:
-            if not finished:
-                raise
-            interrupted = True
-            print(f"explore: interrupted after {len(finished)} of {trials} trials; they are kept", file=sys.stderr)
-    frame = _frame(finished, objectives, constraints, seed if sampler is None else None)
+    if not patience > 0:
+        raise ValueError(f"patience must be above 0 s, not {patience!r}")
+    if (storage is None) != (name is None):
+        raise ValueError("storage and name belong together: a storage holds studies by name; give both or none")
+    search = Search(
+        design=design,
+        objectives=objectives,
+        constraints=constraints,
+        trials=trials,
+        population=population,
+        deadline=math.inf if timeout is None else time.monotonic() + timeout,
+    )
+    used = None if value is None else seed if value.seed is None else value.seed
+    about: dict[str, Any] = {
+        "mode": "synchronous" if synchronous else "asynchronous",
+        "constraints": [[item.name, item.at_most, item.at_least] for item in constraints],
+        "settings": settings_key(settings or {}) if storage is not None else "",
+        "sampler": described(chosen) | ({} if used is None else {"seed": used}),
+        "population": population,
+    }
+    with _quiet_optuna(), Pricing(Price(score, batch_score), workers) as pricing:
+        bar = tqdm(total=trials, unit="design", disable=None if progress is None else not progress)
+        with bar:
+            if synchronous:
+                built = chosen if value is None else value.build(seed=used or 0, population=max(2, min(population, trials)))
+                finished, interrupted = _in_order(search, pricing, cast("BaseSampler", built), storage, name, about, bar)
+            else:
+                finished, interrupted = _shared(search, pricing, chosen, used, storage, name, about, patience, bar)
+    if interrupted:
+        if not finished:
+            raise KeyboardInterrupt
+        print(f"explore: interrupted after {len(finished)} of {trials} trials; they are kept", file=sys.stderr)
+    frame = _frame(finished, search, used if synchronous else None)
     if not dominated:
         parameters = [name for name in frame.columns if any(name in done.parameters for done in finished)]
         frame = frame[frame["on_front"]].drop_duplicates(parameters, ignore_index=True)
@@ -128,89 +167,84 @@ def explore(
         "interrupted": interrupted,
         "designs": Shared({done.number: done.design for done in finished if done.number in kept}),
         "settings": Shared(settings or {}),
+        "sampler": Shared(about["sampler"]),
     }
     return frame
 
 
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    number: int
-    parameters: dict[str, Any]
-    design: Any
-    score: dict[str, Any] | None
-    feasible: bool
+def _in_order(
+    search: Search,
+    pricing: Pricing,
+    sampler: BaseSampler,
+    storage: str | Path | BaseStorage | None,
+    name: str | None,
+    about: Mapping[str, Any],
+    bar: Any,
+) -> tuple[list[Finished], bool]:
+    """A search in generations: Optuna's study is in memory, and the storage, if any, keeps what is finished."""
+    import optuna
+
+    record = None
+    if storage is not None:
+        opened, where = open_storage(storage)
+        record = Record.of(open_study(opened, where, name or "", search.objectives, about), where)
+    study = optuna.create_study(directions=[objective.direction for objective in search.objectives], sampler=sampler)
+    _let_it_stop(study)
+    finished: list[Finished] = []
+    try:
+        for done in in_generations(search, study, pricing, record):
+            finished.append(done)
+            bar.update()
+    except KeyboardInterrupt:
+        return finished, True
+    return finished, False
 
 
-def _priced(
-    study: Study,
-    design: Callable[[Trial], Design],
-    price: Callable[[list[Design]], Iterable[Score]],
-    trials: int,
-    population: int,
-    timeout: float | None,
-) -> Iterator[tuple[Trial, Design, Score]]:
-    """Ask the study for one population after the other, build and price it: until there are ``trials``, time is up, or all is tried."""
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
-    count = 0
-    while count < trials:
-        asked = [study.ask() for _ in range(min(population, trials - count))]
-        designs = [design(trial) for trial in asked]
-        if not all(trial.params for trial in asked):
-            raise ValueError("design() suggested no parameter, so there is nothing to search; call trial.suggest_float() or its like in it")
-        for item in zip(asked, designs, price(designs), strict=True):
-            yield item
-            if time.monotonic() >= deadline or "exhausted" in study.user_attrs:
-                return
-        count += len(asked)
+def _shared(
+    search: Search,
+    pricing: Pricing,
+    chosen: Sampler | BaseSampler,
+    seed: int | None,
+    storage: str | Path | BaseStorage | None,
+    name: str | None,
+    about: Mapping[str, Any],
+    patience: float,
+    bar: Any,
+) -> tuple[list[Finished], bool]:
+    """A search of several processes, whose study is the storage's."""
+    from optuna.storages import InMemoryStorage
 
-
-def _whole(batch_score: Callable[[list[Design]], Sequence[Score]], designs: list[Design]) -> Sequence[Score]:
-    """The scores of a population, one a design."""
-    scores = batch_score(designs)
-    if not isinstance(scores, Sequence) or len(scores) != len(designs):
-        raise ValueError(f"batch_score() must return a list of {len(designs)} scores, one a design, not {_short(scores)}")
-    return scores
-
-
-def _tell(
-    study: Study, trial: Trial, design: object, score: Score, objectives: Sequence[Objective], constraints: Sequence[Constraint]
-) -> _Finished:
-    """Check one score, tell it to the study, and return what becomes a row. Infeasible trials are told as failed."""
-    from optuna.trial import TrialState
-
-    parameters = trial.params
-    if score is None:
-        study.tell(trial, state=TrialState.FAIL)
-        return _Finished(trial.number, parameters, design, None, False)
-    if not isinstance(score, Mapping):
-        raise ValueError(
-            f"score() must return a dict of columns, or None if nothing fits, not {_short(score)}, for parameters {parameters}"
+    opened, where = (InMemoryStorage(), "memory") if storage is None else open_storage(storage)
+    study = open_study(opened, where, name or "memory", search.objectives, about)
+    if seed is not None:  # each process draws others, and others after each start, or all would try the same designs
+        drawn = np.random.SeedSequence([seed, len(study.get_trials(deepcopy=False)), *np.random.SeedSequence().generate_state(4).tolist()])
+        built = cast("Sampler", chosen).build(
+            seed=int(drawn.generate_state(1)[0]), population=max(2, min(search.population, search.trials))
         )
-    taken = [name for name in (*score, *parameters) if name in _OWN_COLUMNS or (name in score and name in parameters)]
-    if taken:
-        raise ValueError(f"the column {taken[0]!r} would be there twice; rename it in the score or among the parameters")
-    for name in _names(objectives, constraints):
-        if name not in score:
-            raise ValueError(f"score() returned no {name!r} for parameters {parameters}; it returned {list(score)}")
-        if not isinstance(score[name], Real) or not math.isfinite(score[name]):
-            raise ValueError(f"score() must return a finite number as {name!r}, not {score[name]!r}, for parameters {parameters}")
-    violations = [constraint.violation(score[constraint.name]) for constraint in constraints]
-    for number, violation in enumerate(violations):
-        trial.set_constraint(str(number), violation)
-    study.tell(trial, [score[objective.name] for objective in objectives])
-    return _Finished(trial.number, parameters, design, dict(score), all(violation <= 0 for violation in violations))
+        study.sampler = built
+    else:
+        study.sampler = cast("BaseSampler", chosen)
+    _let_it_stop(study)
+    interrupted = False
+    try:
+        with closing(one_by_one(search, study, pricing, where, patience)) as steps:
+            for count in steps:
+                bar.update(count - bar.n)
+    except KeyboardInterrupt:
+        interrupted = True
+    return all_finished(search, study, where), interrupted
 
 
-def _frame(finished: list[_Finished], objectives: Sequence[Objective], constraints: Sequence[Constraint], seed: int | None) -> pd.DataFrame:
+def _frame(finished: list[Finished], search: Search, seed: int | None) -> pd.DataFrame:
     """All finished trials that have a score, the front first."""
     rows = [done for done in finished if done.score is not None]
-    required = [] if rows else _names(objectives, constraints)
+    required = [] if rows else search.names
     names = [name for done in finished for name in done.parameters] + [name for done in rows for name in done.score or ()] + required
     frame = pd.DataFrame(
         [{"trial": done.number, **done.parameters, **(done.score or {}), "feasible": done.feasible} for done in rows],
         columns=list(dict.fromkeys(["trial", *names, "feasible"])),
     ).astype({"trial": int, "feasible": bool})
-    values = minimised(frame, objectives)
+    values = minimised(frame, search.objectives)
     feasible = frame["feasible"].to_numpy()
     on_front = feasible.copy()
     on_front[feasible] = non_dominated(values[feasible])
@@ -218,19 +252,9 @@ def _frame(finished: list[_Finished], objectives: Sequence[Objective], constrain
     return frame.iloc[np.lexsort((frame["trial"], *values.T[::-1], ~feasible, ~on_front))].reset_index(drop=True)
 
 
-def _names(objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> list[str]:
-    """The columns that every score must have."""
-    return [objective.name for objective in objectives] + [constraint.name for constraint in constraints]
-
-
-def _study(objectives: Sequence[Objective], sampler: BaseSampler | None, seed: int, population: int) -> Study:
-    import optuna
-
-    sampler = sampler or optuna.samplers.NSGAIISampler(seed=seed, population_size=population)
-    study = optuna.create_study(directions=[objective.direction for objective in objectives], sampler=sampler)
-    # Samplers of a finite grid stop the study when all of it is tried; Optuna's method raises outside of Optuna's own loop.
+def _let_it_stop(study: Study) -> None:
+    """Samplers of a finite grid stop the study when all of it is tried; Optuna's method raises outside of Optuna's own loop."""
     study.stop = partial(study.set_user_attr, "exhausted", True)  # type: ignore[method-assign]
-    return study
 
 
 @contextmanager
@@ -244,7 +268,3 @@ def _quiet_optuna() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _short(value: object) -> str:
-    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, Sized) else "")

@@ -1,50 +1,145 @@
-"""Price a row of an exploration again, from the JSON beside its table."""
+"""Price or explain a row of a table again, from the JSON beside it and memsplit's own classes; no code of the table's author is run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+import inspect
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from ..models.cache_ratio import CacheRatioProblem
+from ..models.hardware import System
+from ..models.kernel_mapping import KernelMappingProblem
+from ..models.recompute_split import RecomputeSplitProblem
+from ..models.systems import column_place
+from ..models.workload import Workload
+from .explain import Explanation, explain
 from .mapping_score import MappingScore
 from .offload_score import OffloadScore
-from .table import read_designs
+from .table import read_designs, read_table
 
 SCORES: tuple[type[MappingScore] | type[OffloadScore], ...] = (MappingScore, OffloadScore)
-"""The scores whose rows can be priced again; which one it was, the names of its settings tell."""
+"""The scores of explorations whose rows can be priced again; which one it was, the names of its settings tell."""
+
+PROBLEMS: dict[str, tuple[tuple[type[Any], dict[str, Any]], ...]] = {
+    "MappingScore": ((KernelMappingProblem, {}),),
+    "MappingSweep": ((KernelMappingProblem, {}),),
+    "OffloadScore": ((CacheRatioProblem, {}), (RecomputeSplitProblem, {"weights": "host"})),
+    "RatioSweep": ((CacheRatioProblem, {}),),
+    "SplitSweep": ((RecomputeSplitProblem, {}),),
+}
+"""The problems that a score solves, by its name, and how they are built where the score has no field that says it."""
+
+WORKLOAD_COLUMNS = ("batch", "context", "devices")
+"""Columns of a swept table that are no numbers of a System."""
 
 
 def rerun(path: str | Path, row: int = 0) -> pd.DataFrame:
-    """Price row ``row`` (from 0) of a table that ``write_csv`` wrote with designs again, from the JSON beside it.
+    """Price row ``row`` (from 0) of a table that ``write_csv`` or ``sweep`` wrote again, from the JSON beside it.
 
     One line a column of the score: column, written, again. ValueError, in one sentence, if the files are damaged, have no such row,
     or hold settings of no score that memsplit has.
     """
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}; name a CSV that write_csv wrote") from None
-    if "design" not in table:
-        raise ValueError(f"{path} has no column 'design', so its rows cannot be rerun; name a table of explored designs")
-    if not 0 <= row < len(table):
-        raise ValueError(f"{path} has {len(table)} rows, counted from 0, and no row {row}")
-    stored = read_designs(path)
-    key = str(table.loc[row, "design"])
-    if key not in stored["designs"]:
-        raise ValueError(f"{path}: design {key!r} of row {row} is not in the JSON beside it; the two files do not belong together")
-    score = _score(path, stored["settings"])
-    again = score(stored["designs"][key]) or {}
+    table, score, design = _stored(path, row)
+    if hasattr(score, "design"):
+        found = score({name: np.array([value]) for name, value in design.items()})
+        again = {name: column[0] for name, column in found.items()}
+    else:
+        again = score(design) or {}
     columns = [name for name in again if name in table]
     return pd.DataFrame(
         {"column": columns, "written": [table.loc[row, name] for name in columns], "again": [again[name] for name in columns]}
     )
 
 
-def _score(path: str | Path, settings: Mapping[str, Any]) -> Callable[[Any], dict[str, Any] | None]:
+def explain_row(path: str | Path, row: int = 0, *, step: float = 1.0) -> tuple[Explanation, ...]:
+    """``explain`` for row ``row`` (from 0) of such a table: one Explanation for each problem that its score solves.
+
+    ValueError, in one sentence, as ``rerun``, and for a score that has no plan to explain.
+    """
+    _, score, design = _stored(path, row)
+    solver = getattr(score, "solver", None)
+    built = problems(score, design)
+    # A score's own solver is that of its first problem.
+    return tuple(explain(problem, solver=None if number else solver, step=step) for number, problem in enumerate(built))
+
+
+def problems(score: Any, design: Any) -> tuple[Any, ...]:
+    """The problems that a score of memsplit solves for a design: what its ``problem(design)`` returns, if it has that, else those of
+    ``PROBLEMS``. ValueError for a score that solves none."""
+    if hasattr(score, "problem"):
+        return (score.problem(design),)
+    name = type(score).__name__
+    if name not in PROBLEMS:
+        raise ValueError(f"{name} has no plan to explain: it solves none of the problems; those that do are {', '.join(PROBLEMS)}")
+    system, workload = _served(score, design)
+    built = []
+    for problem, settings in PROBLEMS[name]:
+        taken = set(inspect.signature(problem.build).parameters) & {field.name for field in fields(score)} - {"system", "workload"}
+        built.append(problem.build(system, workload, **settings | {field: getattr(score, field) for field in taken}))
+    return tuple(built)
+
+
+def _stored(path: str | Path, row: int) -> tuple[pd.DataFrame, Any, Any]:
+    """The table, the score, and the design of a row: of a sweep the row's own design columns, else what the JSON holds."""
+    table = read_table(path)
+    if not 0 <= row < len(table):
+        raise ValueError(f"{path} has {len(table)} rows, counted from 0, and no row {row}")
+    if "design" not in table:
+        score = _sweep_score(path)
+        return table, score, _design_columns(score, table, row)
+    stored = read_designs(path)
+    key = str(table.loc[row, "design"])
+    if key not in stored["designs"]:
+        raise ValueError(f"{path}: design {key!r} of row {row} is not in the JSON beside it; the two files do not belong together")
+    return table, _score(path, stored["settings"]), stored["designs"][key]
+
+
+def _sweep_score(path: str | Path) -> Any:
+    without = f"{path} has no column 'design', so its rows cannot be rerun; name a table of explored or swept designs"
+    if not Path(path).with_suffix(".json").exists():
+        raise ValueError(without)
+    score = read_designs(path)["settings"].get("score")
+    if isinstance(score, str):
+        raise ValueError(f"the score {score!r} of {path} is no class of memsplit, and only those are run again; use the code that swept it")
+    if not (is_dataclass(score) and callable(score) and hasattr(score, "design")):
+        raise ValueError(without)
+    return score
+
+
+def _design_columns(score: Any, table: pd.DataFrame, row: int) -> dict[str, Any]:
+    """The cells of a swept row that say its design: numbers of the score's System, and of the workload."""
+    found = {}
+    for name in map(str, table.columns):
+        if name not in WORKLOAD_COLUMNS:
+            try:
+                column_place(score.system, name)
+            except ValueError:
+                continue
+        found[name] = table.loc[row, name]
+    return found
+
+
+def _served(score: Any, design: Any) -> tuple[System, Workload]:
+    """The machine and the workload of a design of either kind of score."""
+    if hasattr(score, "design"):
+        system, workload = score.design(design)
+    elif isinstance(design, System):
+        system, workload = design, score.workload
+    else:
+        system, workload = design
+    return system, workload
+
+
+def _score(path: str | Path, settings: Mapping[str, Any]) -> Any:
+    """The score whose fields the settings are; those that a later version has added keep their defaults."""
     for score in SCORES:
-        if {field.name for field in fields(score)} == set(settings):
+        known = {field.name: field for field in fields(score)}
+        needed = {name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING}
+        if settings and needed <= settings.keys() <= known.keys():
             return score(**settings)
     raise ValueError(f"the JSON beside {path} holds no settings of a score of memsplit, but {sorted(settings)}")

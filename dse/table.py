@@ -1,17 +1,20 @@
-"""Tables on disk: a CSV, and beside it a JSON from which every row can be computed again without the code that made it.
+"""Tables on disk: a CSV or Parquet file, and beside it a JSON from which every row can be computed again without the code that made it.
 
-The CSV's column ``design`` is a key of the JSON, which holds the classes of ``memsplit.models`` and ``memsplit.solvers`` field
-by field: ``{"type": "MemoryTier", "name": "HBM", ...}``. Reading it runs these classes' own checks and nothing else.
+The table's column ``design`` is a key of the JSON, which holds the public classes of memsplit field by field:
+``{"type": "MemoryTier", "name": "HBM", ...}``. Reading it runs these classes' own checks and nothing else. A swept table has no such
+column: its own columns say each design, and the JSON's settings hold the score, whose ``design(row)`` builds it again.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
@@ -35,29 +38,103 @@ class Shared(dict[Any, Any]):
 
 
 def write_csv(path: str | Path, frame: pd.DataFrame, *, provenance: Mapping[str, Any] | None = None) -> Path:
-    """Write ``frame`` as CSV to ``path``, whole or not at all, and return the path.
+    """Write ``frame`` to ``path``, whole or not at all, and return the path: as CSV, unless the path ends in ``.parquet``.
 
     Floats have the fewest digits that read back as the same number; lines end in ``\\n``; missing values are empty.
     If ``frame.attrs["designs"]`` holds the designs by trial (see ``explore``), or there are settings to record (``provenance``;
     None: ``frame.attrs["settings"]``), they go to the same path with suffix ``.json`` (see ``read_designs``), and designs also
     as their keys to a column ``design``. A design that this file cannot hold is a ValueError, but the CSV is written first.
     """
-    path = check_writable(path)
-    settings = dict(frame.attrs.get("settings", {}) if provenance is None else provenance)
-    designs = frame.attrs.get("designs", {}) if "trial" in frame else {}
+    return _write(path, frame, provenance)
+
+
+def write_parquet(path: str | Path, frame: pd.DataFrame, *, provenance: Mapping[str, Any] | None = None) -> Path:
+    """Write ``frame`` as a Parquet file, otherwise as ``write_csv`` does: for tables of millions of rows, and numbers read back typed.
+
+    Needs pyarrow (``pip install "memsplit[io]"``). The path ends in ``.parquet``, by which ``read_table`` knows the format.
+    """
+    if Path(path).suffix != ".parquet":
+        raise ValueError(f"cannot write {path}: a Parquet file ends in .parquet; choose another --out, as in {Path(path).stem}.parquet")
+    return _write(path, frame, provenance)
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """The table at ``path``, Parquet if it ends in ``.parquet``, else CSV; column names, with their units, as they were written.
+
+    Numbers are read back as written, to the last bit. In a CSV an empty cell is NaN, in columns of texts as well. ValueError, in one
+    sentence, for a file that is none.
+    """
+    path = Path(path)
     try:
-        written = {trial: to_json(designs[trial]) for trial in frame["trial"] if trial in designs} if designs else {}
-        document = {"memsplit": __version__, "settings": to_json(settings), "designs": {_key(data): data for data in written.values()}}
-    except ValueError as error:
-        _write_table(path, frame)
-        raise ValueError(f"{path} is written, but not the designs beside it: {error}") from None
-    if written or settings:
-        with replacing(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8", newline="\n")
-    if written:
-        frame = frame.assign(design=frame["trial"].map({trial: _key(data) for trial, data in written.items()}))
-    _write_table(path, frame)
-    return path
+        if path.suffix == ".parquet":
+            pyarrow_parquet = _parquet(path)
+            table = pyarrow_parquet.ParquetFile(path).read()
+            names, frame = table.column_names, table.to_pandas(ignore_metadata=True)
+        else:
+            with path.open(encoding="utf-8", newline="") as file, warnings.catch_warnings():
+                names = next(csv.reader(file), [])
+                file.seek(0)
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row of more cells than the first would be cut
+                warnings.simplefilter("ignore", DeprecationWarning)  # pandas 3.1 reads exactly without float_precision, 2 only with it
+                # A key of twelve digits is a text all the same, and "NA" in a column of texts is no missing value.
+                frame = pd.read_csv(
+                    file,
+                    dtype={"design": str},
+                    float_precision="round_trip",
+                    index_col=False,
+                    keep_default_na=False,
+                    na_values=[""],
+                    low_memory=False,
+                )
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}; name a table written by write_csv or write_parquet") from None
+    except (ValueError, pd.errors.ParserWarning) as error:
+        reason = str(error).strip().replace("\n", " ").removesuffix(".")
+        raise ValueError(f"cannot read {path}: {reason}; name a table written by write_csv or write_parquet") from None
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"cannot read {path}: it has the column {twice[0]!r} twice; rename one of them")
+    return frame
+
+
+@contextmanager
+def table_writer(path: str | Path, provenance: Mapping[str, Any]) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """A function that writes frames of the same columns one below the other, to a table too large to be held.
+
+    Parquet if the path ends in ``.parquet``, else CSV. The table takes its place, and the settings ``provenance`` go to the JSON beside
+    it, if the block ends well; if not, nothing is left and an older table stays.
+    """
+    path = check_writable(path)
+    document = {"memsplit": __version__, "settings": to_json(dict(provenance)), "designs": {}}
+    temporary = _part(path)
+    writer: Any = None
+    if path.suffix == ".parquet":
+        _parquet(path)
+
+    def write(frame: pd.DataFrame) -> None:
+        nonlocal writer
+        with _one_sentence(path):
+            if path.suffix == ".parquet":
+                table = _arrow(path, frame)
+                writer = writer or _parquet(path).ParquetWriter(temporary, table.schema)
+                writer.write_table(table)
+            else:
+                with temporary.open("a", encoding="utf-8", newline="") as file:
+                    frame.to_csv(file, index=False, header=writer is None, lineterminator="\n")
+                writer = writer or file
+
+    try:
+        yield write
+        with _one_sentence(path):
+            if writer is not None:
+                writer.close()
+            with replacing(path.with_suffix(".json")) as beside:
+                _dump(beside, document)
+            _sync(temporary)
+            temporary.replace(os.path.realpath(path))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def check_writable(path: str | Path) -> Path:
@@ -166,17 +243,16 @@ def from_json(data: Any) -> Any:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, otherwise: str = "choose another --out") -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place if the block ends well, and is removed if not.
 
-    An OSError becomes a ValueError of one sentence.
+    An OSError becomes a ValueError of one sentence, which ends with the way out, ``otherwise``.
     """
     temporary = _part(path)
-    with _one_sentence(path):
+    with _one_sentence(path, otherwise):
         try:
             yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            _sync(temporary)
             temporary.replace(os.path.realpath(path))  # a link stays one
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -188,17 +264,74 @@ def _part(path: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.part")
 
 
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
+def _one_sentence(path: Path, otherwise: str = "choose another --out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; {otherwise}") from error
+
+
+def _write(path: str | Path, frame: pd.DataFrame, provenance: Mapping[str, Any] | None) -> Path:
+    path = check_writable(path)
+    if path.suffix == ".parquet":
+        _arrow(path, frame)
+    settings = dict(frame.attrs.get("settings", {}) if provenance is None else provenance)
+    designs = frame.attrs.get("designs", {}) if "trial" in frame else {}
+    try:
+        written = {trial: to_json(designs[trial]) for trial in frame["trial"] if trial in designs} if designs else {}
+        document = {"memsplit": __version__, "settings": to_json(settings), "designs": {_key(data): data for data in written.values()}}
+    except ValueError as error:
+        _write_table(path, frame)
+        raise ValueError(f"{path} is written, but not the designs beside it: {error}") from None
+    if written or settings:
+        with replacing(path.with_suffix(".json")) as temporary:
+            _dump(temporary, document)
+    if written:
+        frame = frame.assign(design=frame["trial"].map({trial: _key(data) for trial, data in written.items()}))
+    _write_table(path, frame)
+    return path
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        table.to_csv(file, index=False, lineterminator="\n")
+    with replacing(path) as temporary:
+        if path.suffix == ".parquet":
+            _parquet(path).write_table(_arrow(path, table), temporary)
+        else:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                table.to_csv(file, index=False, lineterminator="\n")
+
+
+def _parquet(path: Path) -> Any:
+    """pyarrow's module for Parquet, which is slow to import and an extra."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f'{path}: Parquet needs pyarrow; run pip install "memsplit[io]", or name a .csv') from None
+    return parquet
+
+
+def _arrow(path: Path, frame: pd.DataFrame) -> Any:
+    """The frame's columns as an Arrow table, without index, attributes and what pandas would note of them; NaN is missing."""
+    _parquet(path)
+    import pyarrow
+
+    if not frame.columns.is_unique or not all(isinstance(name, str) for name in frame.columns):
+        raise ValueError(f"cannot write {path}: a Parquet file needs different texts as column names, not {list(frame.columns)}")
+    try:
+        return pyarrow.Table.from_pandas(pd.DataFrame(dict(frame.items())), preserve_index=False).replace_schema_metadata(None)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as error:
+        reason = "; ".join(str(part) for part in error.args)
+        raise ValueError(f"cannot write {path}: {reason}; a column of a Parquet file holds numbers or texts, not both") from None
+
+
+def _dump(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def _load(beside: Path) -> dict[str, Any]:
@@ -222,7 +355,7 @@ def _key(data: object) -> str:
 @cache
 def _types() -> dict[str, type]:
     """The public dataclasses and enumerations of memsplit by name: the only types that are written and read."""
-    from .. import models, solvers
+    from .. import dse, models, solvers
 
-    public = [getattr(layer, name) for layer in (models, solvers) for name in vars(layer).get("__all__", ())]
+    public = [getattr(layer, name) for layer in (models, solvers, dse) for name in vars(layer).get("__all__", ())]
     return {item.__name__: item for item in public if isinstance(item, type) and (dataclasses.is_dataclass(item) or issubclass(item, Enum))}

@@ -15,16 +15,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .checks import check_number, whole
+from .checks import check_number, shown, whole, wholes
 from .hardware import System
-from .offload import STAGED_REQUESTS, OffloadCost, OffloadMachine, OffloadRatios, WeightsOn, gpu_overhead, offload_layers
-from .offload_baselines import GenerationCost, prefill_flops
+from .offload import (
+    STAGED_REQUESTS,
+    OffloadCost,
+    OffloadMachine,
+    OffloadRatios,
+    WeightsOn,
+    capacity_for,
+    fewer_bits,
+    gigabytes_more,
+    gpu_overhead,
+    largest,
+    offload_layers,
+)
 from .offload_profiles import DATASHEET, OffloadProfile
 from .roofline import Array
 from .units import GB
@@ -33,7 +43,14 @@ from .workload import Workload
 BLOCK = 16
 """Tokens of a block in HybridServe."""
 
-Form = Literal["best", "act_first", "kv", "act"]
+LARGEST_CAPACITY = 2.0**61
+"""Bytes that a memory of more, or without limit, is taken to have: whole numbers of 64 bits hold twice as many."""
+
+MOST_REQUESTS = 1_000_000
+"""Requests of a problem, at most."""
+
+MOST_BLOCKS = 10_000_000
+"""Blocks of a problem, at most: solvers look at that many counts one by one, in some seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +68,20 @@ class LinearTime:
     def fit(cls, blocks: ArrayLike, seconds: ArrayLike) -> LinearTime:
         """The least-squares line through measured times, through the origin if it would start below 0; ValueError for fewer than two
         samples, for block counts that do not increase, and for times that fall."""
-        n, t = np.asarray(blocks, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+        try:
+            n, t = np.asarray(blocks, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"a linear time is fitted to numbers of blocks and seconds, not to {shown(blocks)} and {shown(seconds)}"
+            ) from None
         if n.ndim != 1 or n.shape != t.shape or len(n) < 2:
             raise ValueError(f"a linear time is fitted to two or more pairs of blocks and seconds, not to shapes {n.shape} and {t.shape}")
-        if not (np.all(np.isfinite(n)) and np.all(np.isfinite(t)) and np.all(np.diff(n) > 0) and n[0] >= 0):
-            raise ValueError(f"the samples of a linear time need finite times at increasing block counts, not {n.tolist()}; sort them")
+        if not (np.all(np.isfinite(n)) and np.all(np.diff(n) > 0) and n[0] >= 0 and n[-1] < 2**62):
+            raise ValueError(
+                f"the samples of a linear time need increasing counts from 0 to 2**62 blocks, not {shown(n.tolist())}; sort them"
+            )
+        if not (np.all(np.isfinite(t)) and np.all(t >= 0)):
+            raise ValueError(f"the samples of a linear time need finite times of at least 0 s, not {shown(t.tolist())}; measure again")
         centred = n - n.mean()
         slope = float(centred @ t / (centred @ centred))
         if slope < 0:
@@ -121,13 +147,59 @@ class CacheRatioPlan:
         return (self.act_gpu + self.act_host) / self.blocks if self.blocks else 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatioSettings:
+    """What ``CacheRatioProblem.build`` was given beside machine, workload and profile, whose docstring has the fields; ``contexts`` is
+    None if every request has the workload's."""
+
+    contexts: tuple[int, ...] | None = None
+    block: int = BLOCK
+    batches: int = 1
+    weights: WeightsOn = "host"
+    buffered_requests: int = STAGED_REQUESTS
+
+    def __post_init__(self) -> None:
+        for field, unit, least in (("block", "tokens", 1), ("batches", "GPU batches", 1), ("buffered_requests", "requests", 0)):
+            object.__setattr__(self, field, whole("cache ratio", field, getattr(self, field), unit, least=least))
+        if self.weights not in ("host", "gpu"):
+            raise ValueError(f"cache ratio: weights are on the 'host' or on the 'gpu', not {self.weights!r}")
+        if self.contexts is not None:
+            object.__setattr__(self, "contexts", wholes("cache ratio", "contexts", self.contexts, "tokens", least=0))
+
+    def tokens(self, workload: Workload) -> NDArray[np.int64]:
+        """Tokens of each request [GPU batches, requests of one]."""
+        batches, batch = self.batches, workload.batch
+        if batches * batch > MOST_REQUESTS:
+            raise ValueError(
+                f"cache ratio: {batches} batches of {batch} requests are more than {MOST_REQUESTS} requests, the most of a problem; "
+                "serve fewer"
+            )
+        if self.contexts is None:
+            return np.full((batches, batch), workload.context)
+        if len(self.contexts) != batches * batch:
+            raise ValueError(
+                f"contexts has {len(self.contexts)} requests, but {batches} batches of {batch} are {batches * batch}; give as many"
+            )
+        return np.array(self.contexts, dtype=np.int64).reshape(batches, batch)
+
+    def sizes(self, workload: Workload, longest: int) -> dict[str, int]:
+        """Bytes of a block in each form, and what GPU and host hold beside blocks."""
+        layers = offload_layers(workload)
+        return {
+            "kv_block": math.ceil(sum(layer.layers * layer.kv_bytes * self.block for layer in layers)),
+            "act_block": math.ceil(sum(layer.layers * layer.act_bytes * self.block for layer in layers)),
+            "gpu_held": math.ceil(gpu_overhead(workload, longest, weights=self.weights, buffered_requests=self.buffered_requests)),
+            "host_held": 0 if self.weights == "gpu" else math.ceil(workload.weight_bytes),
+        }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CacheRatioProblem:
     """See the module's docstring.
 
     ``request_blocks``: blocks of each request. ``kv_block``, ``act_block`` [B, whole] of a block in all layers; ``gpu_held``,
     ``host_held`` [B] held beside blocks, within ``gpu_capacity``, ``host_capacity``; ``streamed`` [B] of weights over the link in a
-    step. ``system``, ``workload`` and ``profile`` are what it was built from; None for a problem made of coefficients.
+    step. ``system``, ``workload``, ``profile`` and ``settings`` are what it was built from; None for a problem made of coefficients.
     """
 
     layers: tuple[RatioLayer, ...]
@@ -142,12 +214,23 @@ class CacheRatioProblem:
     system: System | None = None
     workload: Workload | None = None
     profile: OffloadProfile | None = None
+    settings: RatioSettings | None = None
 
     def __post_init__(self) -> None:
-        if not self.layers or not self.request_blocks:
-            raise ValueError("a cache ratio problem needs at least one class of layers and one request")
-        blocks = tuple(whole("cache ratio problem", "request_blocks", n, "blocks", least=0) for n in self.request_blocks)
+        what = "cache ratio problem"
+        if isinstance(self.layers, str) or not all(isinstance(layer, RatioLayer) for layer in self.layers):
+            raise ValueError(f"{what}: layers must be several RatioLayer, not {shown(self.layers)}")
+        blocks = wholes(what, "request_blocks", self.request_blocks, "blocks", least=0)
+        if not self.layers or not blocks:
+            raise ValueError(f"a {what} needs at least one class of layers and one request")
+        if len(blocks) > MOST_REQUESTS or sum(blocks) > MOST_BLOCKS:
+            raise ValueError(
+                f"{what}: {sum(blocks)} blocks of {len(blocks)} requests are more than the most, {MOST_BLOCKS} of {MOST_REQUESTS}; "
+                "serve fewer or shorter requests, or use larger blocks"
+            )
+        object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "request_blocks", blocks)
+        check_number(what, "streamed", self.streamed, "B", zero=True, infinite=False)
         for field in ("kv_block", "act_block", "gpu_capacity", "host_capacity", "gpu_held", "host_held"):
             least = int(field.endswith("block"))
             object.__setattr__(self, field, whole("cache ratio problem", field, getattr(self, field), "bytes", least=least))
@@ -175,49 +258,44 @@ class CacheRatioProblem:
         host the weights, then blocks. New tokens are stored in the proportions in which the blocks are held. Times are those of machine
         and LLM unless measured ones (``LinearTime.fit``) are given for a layer.
         """
-        block, batches = whole("cache ratio", "block", block, "tokens"), whole("cache ratio", "batches", batches, "GPU batches")
-        if weights not in ("host", "gpu"):
-            raise ValueError(f"cache ratio: weights are on the 'host' or on the 'gpu', not {weights!r}")
-        machine, requests = OffloadMachine.build(system, profile), workload.batch * batches
-        found = [workload.context] * requests if contexts is None else list(contexts)
-        if len(found) != requests:
-            raise ValueError(f"contexts has {len(found)} requests, but {batches} batches of {workload.batch} are {requests}; give as many")
-        tokens = np.array([whole("cache ratio", "contexts", one, "tokens", least=0) for one in found])
-        blocks = -(-tokens // block)
-        fresh = requests / max(int(blocks.sum()), 1)
-        of_batch = tokens.reshape(batches, workload.batch).sum(axis=1)
-        listed, kv_bytes, act_bytes, streamed = [], 0.0, 0.0, 0.0
-        for layer in offload_layers(workload, batches):
+        settings = RatioSettings(
+            contexts=None if contexts is None else wholes("cache ratio", "contexts", contexts, "tokens", least=0),
+            block=block,
+            batches=batches,
+            weights=weights,
+            buffered_requests=buffered_requests,
+        )
+        machine, tokens = OffloadMachine.build(system, profile), settings.tokens(workload)
+        blocks = -(-tokens // settings.block)
+        fresh = tokens.size / max(int(blocks.sum()), 1)
+        of_batch = tokens.sum(axis=1, dtype=np.float64)
+        listed, streamed = [], 0.0
+        for layer in offload_layers(workload, settings.batches):
             stays = weights == "gpu"
             listed.append(
                 RatioLayer(
                     layers=layer.layers,
                     weights=0.0 if stays else layer.weight_time(machine),
                     compute=float(layer.compute_time(machine, of_batch).sum()),
-                    load_kv=load_kv or LinearTime(slope=float(layer.kv_time(machine, block))),
-                    load_act=load_act or LinearTime(slope=float(layer.act_time(machine, block))),
-                    generate=generate or LinearTime(slope=float(layer.recompute_time(machine, block))),
+                    load_kv=load_kv or LinearTime(slope=float(layer.kv_time(machine, settings.block))),
+                    load_act=load_act or LinearTime(slope=float(layer.act_time(machine, settings.block))),
+                    generate=generate or LinearTime(slope=float(layer.recompute_time(machine, settings.block))),
                     store_kv=fresh * layer.kv_bytes / machine.to_host,
                     store_act=fresh * layer.act_bytes / machine.to_host,
                 )
             )
-            kv_bytes += layer.layers * layer.kv_bytes * block
-            act_bytes += layer.layers * layer.act_bytes * block
             streamed += 0.0 if stays else layer.layers * layer.sent_bytes
-        held = gpu_overhead(workload, int(tokens.max()), weights=weights, buffered_requests=buffered_requests)
         return cls(
             layers=tuple(listed),
-            request_blocks=tuple(blocks.tolist()),
-            kv_block=math.ceil(kv_bytes),
-            act_block=math.ceil(act_bytes),
-            gpu_capacity=math.floor(machine.gpu_capacity),
-            host_capacity=math.floor(min(machine.host_capacity, 2.0**61)),
-            gpu_held=math.ceil(held),
-            host_held=0 if weights == "gpu" else math.ceil(workload.weight_bytes),
+            request_blocks=tuple(blocks.ravel().tolist()),
+            gpu_capacity=math.floor(min(machine.gpu_capacity, LARGEST_CAPACITY)),
+            host_capacity=math.floor(min(machine.host_capacity, LARGEST_CAPACITY)),
             streamed=streamed,
             system=system,
             workload=workload,
             profile=profile,
+            settings=settings,
+            **settings.sizes(workload, int(tokens.max())),
         )
 
     @property
@@ -238,8 +316,7 @@ class CacheRatioProblem:
     @property
     def possible(self) -> bool:
         """Whether any plan fits: all blocks in the smaller form, as many as fit on the GPU and the rest on the host."""
-        small = min(self.kv_block, self.act_block)
-        return min(self.gpu_room, self.host_room) >= 0 and self.blocks <= self.gpu_room // small + self.host_room // small
+        return _possible(self.blocks, self.kv_block, self.act_block, self.gpu_room, self.host_room)
 
     @property
     def ratios(self) -> OffloadRatios:
@@ -296,30 +373,68 @@ class CacheRatioProblem:
         )
 
     def explain_infeasible(self) -> str:
-        """Why nothing fits, in one sentence: which memory, how many GB, and what would help."""
+        """Why nothing fits, in one sentence: which memory, how many GB, and changes each of which alone would help."""
+        if self.possible:
+            return "a plan fits"
         names = ("the GPU", "the host") if self.system is None else tuple(tier.name for tier in self.system.tiers[:2])
-        rooms = (self.gpu_room, self.host_room)
-        held = (self.gpu_held, self.host_held)
-        for name, room, kept in zip(names, rooms, held, strict=True):
-            if room < 0:
-                bits = "" if self.workload is None else f" than {self.workload.weight_bits:g}"
-                return (
-                    f"{name} needs {kept / GB:.6g} GB beside the blocks and has {(kept + room) / GB:.6g} GB, {-room / GB:.3g} GB too little"
-                    f"; enlarge it, or use fewer bits a weight{bits}"
-                )
+        rooms, held = (self.gpu_room, self.host_room), (self.gpu_held, self.host_held)
         small = min(self.kv_block, self.act_block)
-        most = sum(room // small for room in rooms)
-        short = max(self.blocks - most, 0)
         form = "activations" if self.act_block < self.kv_block else "keys and values"
-        text = (
-            f"{self.blocks} blocks need {self.blocks * small / GB:.6g} GB even as {form}, and {names[0]} and {names[1]}"
-            f" have room for {most}; enlarge {names[1]} by {short * small / GB:.3g} GB"
-        )
-        if self.workload is None or not self.blocks:
-            return text + " or serve fewer tokens"
-        share, workload = most / self.blocks, self.workload
-        bits = math.floor((workload.activation_bits if form == "activations" else workload.kv_bits) * share * 100) / 100
-        return text + f", or serve about {int(len(self.request_blocks) * share)} requests, or hold {form} at {bits:g} bits"
+        texts = [
+            f"{name} needs {kept / GB:.6g} GB beside the blocks and has {(kept + room) / GB:.6g} GB, {gigabytes_more(-room)} GB too little"
+            for name, room, kept in zip(names, rooms, held, strict=True)
+            if room < 0
+        ]
+        if not texts:
+            most = sum(room // small for room in rooms)
+            texts.append(
+                f"{self.blocks} blocks need {self.blocks * small / GB:.6g} GB even as {form}, "
+                f"and {names[0]} and {names[1]} have room for {most}"
+            )
+        # As little as possible on the GPU, and on the host what then is left.
+        host = small * max(self.blocks - max(rooms[0], 0) // small, 0) - rooms[1]
+        over = []
+        if rooms[0] < 0:
+            tier = None if self.system is None else self.system.tiers[0]
+            missing = -rooms[0] if tier is None else max(capacity_for(held[0] + 1, tier.capacity, self.profile), -rooms[0])
+            over.append(f"enlarge {names[0]} by {gigabytes_more(missing)} GB")
+        if host > 0:
+            over.append(f"enlarge {names[1]} by {gigabytes_more(host + 1)} GB")
+        return f"{' and '.join(texts)}; {', or '.join([' and '.join(over), *self._ways()])}"
+
+    def _ways(self) -> list[str]:
+        """What would help but more memory: fewer requests or shorter contexts, weights on the host, fewer bits."""
+        settings, workload = self.settings, self.workload
+        if settings is None or workload is None:
+            return []
+        tokens, capacity = settings.tokens(workload), (self.gpu_capacity, self.host_capacity)
+
+        def fits(settings: RatioSettings, workload: Workload, tokens: NDArray[np.int64]) -> bool:
+            sizes = settings.sizes(workload, int(tokens.max()))
+            rooms = capacity[0] - sizes["gpu_held"], capacity[1] - sizes["host_held"]
+            return _possible(int((-(-tokens // settings.block)).sum()), sizes["kv_block"], sizes["act_block"], *rooms)
+
+        def shorter(longest: int) -> NDArray[np.int64]:
+            return np.minimum(tokens, longest)
+
+        ways = []
+        batch, context = workload.batch, int(tokens.max())
+        fewer = largest(lambda n: fits(settings, replace(workload, batch=n), tokens[:, :n]), batch - 1)
+        if fewer:
+            ways.append(f"serve {'' if settings.contexts is None else 'the first '}{fewer} requests a GPU batch instead of {batch}")
+        longest = 0 if fewer else largest(lambda n: fits(settings, replace(workload, context=n), shorter(n)), context - 1)
+        if longest:
+            ways.append(f"shorten contexts to {longest} tokens at most")
+        if settings.weights == "gpu" and fits(replace(settings, weights="host"), workload, tokens):
+            ways.append("stream the weights (weights='host')")
+        bits = fewer_bits(workload, lambda served: fits(settings, served, tokens))
+        return [*ways, bits] if bits else ways
+
+
+def _possible(blocks: int, kv_block: int, act_block: int, gpu_room: int, host_room: int) -> bool:
+    """All blocks in the smaller form, as many as fit on the GPU and the rest on the host."""
+    small = min(kv_block, act_block)
+    return min(gpu_room, host_room) >= 0 and blocks <= gpu_room // small + host_room // small
 
 
 def act_first_is_optimal(problem: CacheRatioProblem) -> bool:
@@ -340,91 +455,3 @@ def act_first_is_optimal(problem: CacheRatioProblem) -> bool:
         if gpu > link:
             return False
     return True
-
-
-def generation_time(
-    system: System,
-    workload: Workload,
-    *,
-    prompt: int,
-    generated: int,
-    profile: OffloadProfile = DATASHEET,
-    form: Form = "best",
-    buffered_requests: int = STAGED_REQUESTS,
-) -> GenerationCost:
-    """A batch's whole generation: ``prompt`` tokens of each request read, ``generated`` new ones written, state split in any fraction.
-
-    ``form``: "kv" all keys and values; "act" all activations; "act_first" the GPU full of activations and the best split of the rest
-    at each step; "best" the best split everywhere. With A tokens held as ACT of n and a GPU cache of R bytes a layer, full in any case,
-
-        T = max(t_w + max(kv n - (kv - x) A - R, 0) / link,  t_c + t_rec(A),  new tokens' share of these bytes / link to the host)
-
-    is convex in A, and lowest at an end or where two of these lines cross; the host's capacity bounds A. What is optimised is the decode
-    steps; prefill follows from the first one's plan. Prefill of a layer: max(FLOPs / peak, weights / link, bytes that plan holds on the
-    host / link to the host). What changing a plan between steps costs is left out.
-    """
-    prompt, generated = (
-        whole("generation", "prompt", prompt, "tokens", least=0),
-        whole("generation", "generated", generated, "new tokens of each request"),
-    )
-    if form not in ("best", "act_first", "kv", "act"):
-        raise ValueError(f"generation: form must be 'best', 'act_first', 'kv' or 'act', not {form!r}")
-    machine, layers = OffloadMachine.build(system, profile), offload_layers(workload)
-    room = machine.gpu_capacity - gpu_overhead(workload, prompt + generated, buffered_requests=buffered_requests)
-    kv, act = layers[0].kv_bytes, layers[0].act_bytes
-    cache = max(room, 0.0) / workload.llm.num_hidden_layers
-    tokens = workload.batch * (prompt + np.arange(generated, dtype=np.float64))
-    least = {"best": 0.0 * tokens, "act_first": np.minimum(tokens, cache / act), "kv": 0.0 * tokens, "act": tokens}[form]
-    most = 0.0 * tokens if form == "kv" else tokens
-    if kv != act and form in ("best", "act_first"):  # as much of the smaller form as the host needs to hold the state
-        host_room = (machine.host_capacity - workload.weight_bytes) / workload.llm.num_hidden_layers
-        limit = (kv * tokens - cache - host_room) / (kv - act)
-        if act < kv:
-            least = np.clip(limit, least, most)
-        else:
-            most = np.clip(limit, least, most)
-    share_of_new = workload.batch / np.maximum(tokens, workload.batch)
-    lines = []
-    for layer in layers:
-        weights, compute = layer.weight_time(machine), layer.compute_time(machine, tokens)
-        host, saved = kv * tokens - cache, act - kv
-        back = share_of_new / machine.to_host
-        lines.append(
-            [
-                (weights + host / machine.to_device, saved / machine.to_device + 0.0 * tokens),
-                (weights + 0.0 * tokens, 0.0 * tokens),
-                (compute, float(layer.recompute_time(machine, 1.0)) + 0.0 * tokens),
-                (host * back, saved * back),
-            ]
-        )
-    candidates = [least, most]
-    for of_layer in lines:
-        for i, (constant, slope) in enumerate(of_layer):
-            for other, steeper in of_layer[i + 1 :]:
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    crossing = (constant - other) / (steeper - slope)
-                candidates.append(np.clip(np.where(np.isfinite(crossing), crossing, 0.0), least, most))
-    held = np.stack(candidates)
-    heights = np.zeros(held.shape)
-    for layer, of_layer in zip(layers, lines, strict=True):
-        heights += layer.layers * np.maximum.reduce([constant + slope * held for constant, slope in of_layer])
-    chosen = heights.argmin(axis=0)[None]
-    decode = float(np.take_along_axis(heights, chosen, axis=0).sum()) if room >= 0 else math.inf
-    as_act = np.take_along_axis(held, chosen, axis=0)[0]
-    host_bytes = np.maximum(kv * tokens + (act - kv) * as_act - cache, 0.0)
-    prefill = sum(
-        layer.layers
-        * max(
-            float(prefill_flops(layer, prompt)) / machine.peak,
-            layer.weight_bytes / machine.to_device,
-            float(host_bytes[0]) / machine.to_host,
-        )
-        for layer in layers
-    )
-    return GenerationCost(
-        prefill=prefill,
-        decode=decode,
-        throughput=workload.batch * generated / (prefill + decode) if prefill + decode > 0 else math.inf,
-        host_bytes=workload.weight_bytes + workload.llm.num_hidden_layers * float(host_bytes.max()),
-        host_capacity=machine.host_capacity,
-    )

@@ -33,6 +33,9 @@ from .workload import Kernel, Workload, kernels
 
 Granularity = Literal["kv_head", "query_head"]
 
+BLOCK = 256
+"""Designs whose tables are computed together: temporaries of some 200 kB, which stay in the cache of a core."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
@@ -82,7 +85,8 @@ class KernelMappingTables:
             if array.shape != shape:
                 raise ValueError(f"kernel-mapping tables: {field} has the shape {array.shape}, not {shape}; build them with build()")
             array.setflags(write=False)
-        if np.any(np.diff(self.pages, axis=-1) < 0) or np.any(self.pages < 0):
+        held = self.pages[:1] if self.same_pages else self.pages
+        if np.any(np.diff(held, axis=-1) < 0) or np.any(held < 0):
             raise ValueError("kernel-mapping tables: pages must be at least 0 and must not fall as slices are added")
 
     def split_seconds(self, kind: int | NDArray[np.int64], counts: ArrayLike) -> Array:
@@ -101,16 +105,32 @@ class KernelMappingTables:
         n = np.asarray(counts, dtype=np.int64)
         return np.stack([self.pages[:, kind, t, n[..., t]] for t in range(len(self.tier_names))], axis=-1)
 
-    def two_way(self) -> tuple[Array, Pages]:
+    def two_way(self, designs: slice = slice(None)) -> tuple[Array, Pages]:
         """All splits over two tiers: seconds [D, K, N+1] and pages [D, K, N+1, 2] with n slices on the first tier; seconds are inf
-        beyond a kind's slices."""
+        beyond a kind's slices. ``designs``: only these; pages that are the same in all designs stay a view that repeats one."""
         if len(self.tier_names) != 2:
             raise ValueError(f"this takes two memories, and there are {len(self.tier_names)}: {list(self.tier_names)}; use PatternMapping")
-        kind = np.arange(len(self.kinds))[:, None]
-        slices = np.array([kind.slices for kind in self.kinds])[:, None]
-        first = np.broadcast_to(np.arange(self.seconds.shape[-1]), (len(self.kinds), self.seconds.shape[-1]))
-        counts = np.stack([first, np.maximum(slices - first, 0)], axis=-1)
-        return self.split_seconds(kind, counts), self.split_pages(kind, counts)
+        side, shared, pages = self.seconds[designs], self.shared[designs], self.pages[designs]
+        held = pages[: 1 if self.same_pages else None]
+        seconds = np.full((*side.shape[:2], side.shape[3]), np.inf)
+        counts = np.zeros((*held.shape[:2], held.shape[3], 2), dtype=np.int64)
+        for k, kind in enumerate(self.kinds):
+            first, second = np.s_[: kind.slices + 1], np.s_[kind.slices :: -1]
+            slowest = seconds[:, k, first]
+            np.maximum(side[:, k, 0, first], side[:, k, 1, second], out=slowest)
+            for lane in range(shared.shape[2]):
+                np.maximum(slowest, shared[:, k, lane, 0, first] + shared[:, k, lane, 1, second], out=slowest)
+            if self.t_sync:
+                slowest[:, 1:-1] += self.t_sync
+            counts[:, k, :, 0] = held[:, k, 0]
+            counts[:, k, first, 1] = held[:, k, 1, second]
+            counts[:, k, kind.slices + 1 :, 1] = held[:, k, 1, :1]
+        return seconds, np.broadcast_to(counts, (len(side), *counts.shape[1:]))
+
+    @property
+    def same_pages(self) -> bool:
+        """Whether ``pages`` is one design's, repeated without being stored again."""
+        return len(self.pages) > 1 and self.pages.strides[0] == 0
 
     @classmethod
     def build(
@@ -127,32 +147,38 @@ class KernelMappingTables:
         capacity = capacity_pages(systems.values("tiers", "capacity"), page)
         sublayers = _sublayers(workload, granularity)
         shape = (len(systems), len(sublayers), len(tier_names), max(kind.slices for kind, _ in sublayers) + 1)
-        seconds = np.full(shape, np.inf)
+        seconds = np.empty(shape)
         shared = np.zeros((*shape[:2], len(common), *shape[2:]))
-        pages = np.zeros(shape, dtype=np.int64)
-        traffic = np.zeros(shape)
+        pages = np.zeros((len(page), *shape[1:]), dtype=np.int64)
+        traffic = np.zeros((1, *shape[1:]))
         for k, (kind, parts) in enumerate(sublayers):
             for t, name in enumerate(tier_names):
                 outer = t in (0, len(tier_names) - 1)
-                side = _Side(
-                    kernels=parts, slices=kind.slices, llm=workload.llm, profile=profile, granularity=granularity, tier=name, outer=outer
+                side = _Side.of(
+                    parts, slices=kind.slices, llm=workload.llm, profile=profile, granularity=granularity, tier=name, outer=outer
                 )
                 n = np.s_[:, k, t, : kind.slices + 1]
                 pages[n] = side.pages(page[:, [t]])
                 pages[:, k, t, kind.slices + 1 :] = pages[:, k, t, [kind.slices]]
                 traffic[n] = side.weights + side.state
                 walks = page_walk_time(pages[n], profile.page_walk, profile.page_walks)
-                seconds[n] = reduce(np.maximum, [lane.seconds(side) for lane in alone[t]]) + walks + side.all_reduce
-                for s, lane in enumerate(common):
-                    if t in lane.tiers:
-                        shared[:, k, s, t, : kind.slices + 1] = lane.seconds(side)
+                for first in range(0, len(systems), BLOCK):
+                    some = slice(first, first + BLOCK)
+                    time = reduce(np.maximum, [lane.seconds(side, some) for lane in alone[t]])
+                    for more in (walks[some] if len(walks) > 1 else walks, side.all_reduce):
+                        time = time + more if more.any() else time
+                    seconds[some, k, t, : kind.slices + 1] = time
+                    for s, lane in enumerate(common):
+                        if t in lane.tiers:
+                            shared[some, k, s, t, : kind.slices + 1] = lane.seconds(side, some)
+            seconds[:, k, :, kind.slices + 1 :] = np.inf
         return cls(
             kinds=tuple(kind for kind, _ in sublayers),
             tier_names=tier_names,
             seconds=seconds,
             shared=shared,
-            pages=pages,
-            traffic=traffic,
+            pages=np.broadcast_to(pages, shape),
+            traffic=np.broadcast_to(traffic, shape),
             t_sync=profile.t_sync,
             capacity=np.ascontiguousarray(np.broadcast_to(capacity, (len(systems), len(tier_names)))),
             page=np.ascontiguousarray(np.broadcast_to(page, (len(systems), len(tier_names)))),
@@ -179,72 +205,81 @@ def _sublayers(workload: Workload, granularity: Granularity) -> list[tuple[Kind,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Side:
-    """The work of one sublayer on one tier for every number of slices n = 0..N; arrays of shape [N+1], or [D, N+1]."""
+    """The work of one sublayer on one tier for every number of slices n = 0..N; arrays of shape [N+1].
+
+    ``weights`` and ``state``: bytes read; keys and values at least once each group that is here, rho times (at most once a query head) in
+    proportion. ``flops``: what each kernel computes. ``shares``: share of each kernel's data that is held. ``all_reduce``: seconds of the
+    two all-reduces of a layer, charged to the sublayer that holds the products they follow. ``eta``: share of the bandwidth for state.
+    """
 
     kernels: tuple[Kernel, ...]
-    slices: int
-    llm: LLMConfig
-    profile: Profile
-    granularity: Granularity
-    tier: str
-    outer: bool
+    shares: tuple[Array, ...]
+    weights: Array
+    state: Array
+    flops: tuple[Array, ...]
+    all_reduce: Array
+    eta: float
 
-    @property
-    def share(self) -> Array:
-        """n / N: of columns and query heads."""
-        return np.arange(self.slices + 1) / self.slices
-
-    @property
-    def groups(self) -> Array:
-        """Share of the KV heads that n slices need.
-
-        By KV head: n / N. By query head a group that is split is needed on both sides: the first and the last tier hold
-        ceil(n / g) groups of g = H / KV query heads; a tier between them, whose heads may start in mid-group, is charged the most
-        that can be, 1 + ceil((n - 1) / g).
-        """
-        if self.granularity == "kv_head":
-            return self.share
-        n = np.arange(self.slices + 1)
-        heads, group = self.llm.num_kv_heads, self.llm.num_attention_heads // self.llm.num_kv_heads
-        touched = -(-n // group) if self.outer else np.where(n > 0, 1 + -(-(n - 1) // group), 0)
-        return np.minimum(touched, heads) / heads
-
-    def _of(self, kernel: Kernel) -> Array:
-        return self.groups if kernel.split == "kv_head" else self.share
-
-    @property
-    def weights(self) -> Array:
-        """Bytes of weights read."""
-        return _added([kernel.weight_bytes * kernel.touched * self._of(kernel) for kernel in self.kernels])
-
-    @property
-    def state(self) -> Array:
-        """Bytes of keys and values read: at least once each group that is here, rho times (at most once a query head) in proportion."""
-        rereads = min(self.profile.rho, self.llm.num_attention_heads / self.llm.num_kv_heads)
-        return _added([kernel.state_bytes * np.maximum(rereads * self.share, self._of(kernel)) for kernel in self.kernels])
-
-    @property
-    def all_reduce(self) -> Array:
-        """Seconds of the two all-reduces of a layer, charged to the sublayer that holds the products they follow."""
-        return np.where(self.share > 0, 2 * self.profile.all_reduce if self.kernels[0].sublayer == "fc" else 0.0, 0.0)
+    @classmethod
+    def of(
+        cls,
+        kernels: tuple[Kernel, ...],
+        *,
+        slices: int,
+        llm: LLMConfig,
+        profile: Profile,
+        granularity: Granularity,
+        tier: str,
+        outer: bool,
+    ) -> _Side:
+        """The work of ``kernels``; ``outer``: whether the tier is the first or the last."""
+        share = np.arange(slices + 1) / slices  # n / N: of columns and query heads
+        groups = share if granularity == "kv_head" else _groups(slices, llm, outer)
+        shares = tuple(groups if kernel.split == "kv_head" else share for kernel in kernels)
+        rereads = min(profile.rho, llm.num_attention_heads / llm.num_kv_heads)
+        each = tuple(zip(kernels, shares, strict=True))
+        return cls(
+            kernels=kernels,
+            shares=shares,
+            weights=_added([kernel.weight_bytes * kernel.touched * held for kernel, held in each]),
+            state=_added([kernel.state_bytes * np.maximum(rereads * share, held) for kernel, held in each]),
+            flops=tuple(kernel.flops * (share if kernel.state_bytes else held) for kernel, held in each),
+            all_reduce=np.where(share > 0, 2 * profile.all_reduce if kernels[0].sublayer == "fc" else 0.0, 0.0),
+            eta=profile.eta_on(tier),
+        )
 
     def pages(self, page: Pages) -> Pages:
-        """Pages held; rounded up once a tensor. ``page`` [D, 1]."""
-        return _added([kernel.tensors * page_count(kernel.held_bytes / kernel.tensors * self._of(kernel), page) for kernel in self.kernels])
+        """Pages held [D, N+1]; rounded up once a tensor. ``page`` [D, 1]."""
+        each = zip(self.kernels, self.shares, strict=True)
+        return _added([kernel.tensors * page_count(kernel.held_bytes / kernel.tensors * held, page) for kernel, held in each])
 
-    def memory_time(self, bandwidth: Array) -> Array:
-        return memory_time(self.weights, bandwidth) + memory_time(self.state, bandwidth, self.profile.eta_on(self.tier))
+    def memory_time(self, some: slice, bandwidth: Array) -> Array:
+        """Seconds to read weights and state on the designs ``some``; ``bandwidth`` [D, 1], or [1, 1] if no design varies it."""
+        rate = _rows(bandwidth, some)
+        read = [(nbytes, eta) for nbytes, eta in ((self.weights, 1.0), (self.state, self.eta)) if nbytes.any()]
+        return _added([memory_time(nbytes, rate, eta) for nbytes, eta in read or [(self.weights, 1.0)]])
 
-    def compute_time(self, matrix: Array, vector: Array, tile: Array) -> Array:
+    def compute_time(self, some: slice, matrix: Array, vector: Array, tile: Array) -> Array:
         """``matrix``, ``vector``, ``tile``: [D, 1, U], a column for each unit of a tier; the units share every slice."""
+        matrix, vector, tile = (_rows(values, some) for values in (matrix, vector, tile))
         times = []
-        for kernel in self.kernels:
-            if not kernel.flops:
-                continue
-            share = self.share if kernel.state_bytes else self._of(kernel)
-            peak = vector if kernel.engine == "vector" else matrix_peak(matrix, kernel.rows, tile)
-            times.append(compute_time(kernel.flops * share, peak.sum(axis=-1)))
-        return _added(times) if times else np.zeros((len(matrix), self.slices + 1))
+        for kernel, flops in zip(self.kernels, self.flops, strict=True):
+            if kernel.flops:
+                peak = vector if kernel.engine == "vector" else matrix_peak(matrix, kernel.rows, tile)
+                times.append(compute_time(flops, peak.sum(axis=-1)))
+        return _added(times) if times else np.zeros((1, len(self.weights)))
+
+
+def _groups(slices: int, llm: LLMConfig, outer: bool) -> Array:
+    """Share of the KV heads that n query heads need [N+1].
+
+    A group that is split is needed on both sides: the first and the last tier hold ceil(n / g) groups of g = H / KV query heads; a tier
+    between them, whose heads may start in mid-group, is charged the most that can be, 1 + ceil((n - 1) / g).
+    """
+    n = np.arange(slices + 1)
+    heads, group = llm.num_kv_heads, llm.num_attention_heads // llm.num_kv_heads
+    touched = -(-n // group) if outer else np.where(n > 0, 1 + -(-(n - 1) // group), 0)
+    return np.minimum(touched, heads) / heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +287,7 @@ class _Lane:
     """Something that only one byte or FLOP at a time can use, the tiers whose slices use it, and for how long each side does."""
 
     tiers: tuple[int, ...]
-    seconds: Callable[[_Side], Array]
+    seconds: Callable[[_Side, slice], Array]
 
 
 def _lanes(systems: Systems) -> list[_Lane]:
@@ -273,6 +308,11 @@ def _lanes(systems: Systems) -> list[_Lane]:
         crossing = tuple(t for t, (_, links) in enumerate(consumers) if used in links)
         lanes.append(_Lane(tiers=crossing, seconds=partial(_Side.memory_time, bandwidth=speed[:, [first.links.index(used)]])))
     return lanes
+
+
+def _rows(values: Array, some: slice) -> Array:
+    """The designs ``some`` of ``values`` [D, ...]; all of them if no design varies them [1, ...]."""
+    return values[some] if len(values) > 1 else values
 
 
 def _added(terms: Sequence[Any]) -> Any:

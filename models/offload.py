@@ -11,16 +11,19 @@ weights, t_c decode on the GPU. Every formula of ``overlap`` is one of these fiv
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .checks import whole
+from .checks import check_number, whole
 from .hardware import System
 from .offload_profiles import DATASHEET, OffloadProfile
 from .roofline import Array
+from .systems import Place, Systems
 from .units import GB
 from .workload import Workload, kernels
 
@@ -31,6 +34,23 @@ WORKING_LAYERS = 2
 
 STAGED_REQUESTS = 16
 """Requests whose keys and values of one layer each of the two staging buffers holds, unless said: an assumption."""
+
+MOST_GENERATED = 1_000_000
+"""New tokens of a request that a generation is priced for at most, each by itself: as many as the longest contexts of today's LLMs."""
+
+
+def minimum_of(*values: Any) -> Any:
+    """The smallest value, of each design where one is an array; numbers stay plain numbers."""
+    return np.minimum.reduce(np.broadcast_arrays(*values)) if _any_array(values) else min(values)
+
+
+def maximum_of(*values: Any) -> Any:
+    """The largest value, as ``minimum_of``."""
+    return np.maximum.reduce(np.broadcast_arrays(*values)) if _any_array(values) else max(values)
+
+
+def _any_array(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, np.ndarray) for value in values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +73,18 @@ class OffloadMachine:
     host_capacity: float
 
     @classmethod
-    def build(cls, system: System, profile: OffloadProfile = DATASHEET) -> OffloadMachine:
-        """The first tier is the GPU's memory, the second the host's; ValueError if a unit or a link is missing."""
+    def build(cls, system: System | Systems, profile: OffloadProfile = DATASHEET) -> OffloadMachine:
+        """The first tier is the GPU's memory, the second the host's; ValueError if a unit or a link is missing.
+
+        Of ``Systems``: what designs vary is an array [D] in place of a number, and every formula of this module broadcasts.
+        """
+        varied = system.columns if isinstance(system, Systems) else {}
+        system = system.base if isinstance(system, Systems) else system
+
+        def number(part: str, item: Any, field: str, name: str = "") -> Any:
+            column = varied.get(Place(part, name or item.name, field)) if varied else None
+            return getattr(item, field) if column is None else column
+
         if len(system.tiers) < 2:
             raise ValueError(f"system {system.name!r} has one tier; offloading needs a GPU's memory and a host's, in this order")
         gpu, host = system.tiers[:2]
@@ -69,17 +99,19 @@ class OffloadMachine:
             link = next((one for one in system.links if (one.source, one.target) == (source.name, target.name)), None)
             if link is None:
                 raise ValueError(f"system {system.name!r} has no link {source.name!r} -> {target.name!r}; add it to the data sheet")
-            rates[field] = min(link.bandwidth * link.efficiency * share, source.bandwidth, target.bandwidth)
-        cpus = [unit.vector_peak for unit in system.units if unit.tier == host.name]
+            name = f"{source.name}_to_{target.name}"
+            speed = number("links", link, "bandwidth", name) * number("links", link, "efficiency", name) * share
+            rates[field] = minimum_of(speed, number("tiers", source, "bandwidth"), number("tiers", target, "bandwidth"))
+        cpus = [number("units", unit, "vector_peak") for unit in system.units if unit.tier == host.name]
         return cls(
             gpu=gpu.name,
             host=host.name,
-            peak=sum(unit.matrix_peak for unit in units) * profile.compute,
-            gpu_bandwidth=gpu.bandwidth * profile.memory,
-            host_bandwidth=host.bandwidth * profile.host_memory,
+            peak=sum(number("units", unit, "matrix_peak") for unit in units) * profile.compute,
+            gpu_bandwidth=number("tiers", gpu, "bandwidth") * profile.memory,
+            host_bandwidth=number("tiers", host, "bandwidth") * profile.host_memory,
             cpu_peak=sum(cpus) if cpus else None,
-            gpu_capacity=max(gpu.capacity * profile.usable - profile.reserved, 0.0),
-            host_capacity=host.capacity,
+            gpu_capacity=maximum_of(number("tiers", gpu, "capacity") * profile.usable - profile.reserved, 0.0),
+            host_capacity=number("tiers", host, "capacity"),
             **rates,
         )
 
@@ -147,8 +179,9 @@ def offload_layers(workload: Workload, batches: int = 1) -> tuple[OffloadLayer, 
         raise ValueError(f"offloading is planned for a decode step, not for {workload.phase!r}; set phase='decode'")
     llm = workload.llm
     listed = []
-    together = kernels(replace(workload, batch=workload.batch * batches))
-    for (layers, found), (_, shared) in zip(kernels(workload), together, strict=True):
+    alone = kernels(workload)
+    together = alone if batches == 1 else kernels(replace(workload, batch=workload.batch * batches))
+    for (layers, found), (_, shared) in zip(alone, together, strict=True):
         products = [kernel for kernel in found if kernel.weight_bytes]
         listed.append(
             OffloadLayer(
@@ -172,11 +205,26 @@ def gpu_overhead(workload: Workload, longest: int, *, weights: WeightsOn = "host
     """Bytes that the GPU holds beside state: two layers of weights (all with ``weights="gpu"``), the embeddings, and two staging buffers
     for the keys and values of one layer of ``buffered_requests`` requests of ``longest`` tokens."""
     buffered = whole("offloading", "buffered_requests", buffered_requests, "requests", least=0)
-    layers = offload_layers(workload)
+    check_number("offloading", "longest", longest, "tokens", zero=True, infinite=False)
+    return float(held_beside_state(workload, offload_layers(workload), workload.batch, longest, weights, buffered))
+
+
+def held_beside_state(
+    workload: Workload, layers: Sequence[OffloadLayer], batch: Any, longest: Any, weights: WeightsOn, buffered_requests: int
+) -> Any:
+    """``gpu_overhead`` of arrays of ``batch`` and ``longest`` that broadcast; neither weights nor ``layers``' sizes depend on them."""
     kept = workload.weight_bytes
     if weights == "host":
         kept = min(kept, WORKING_LAYERS * max(layer.weight_bytes for layer in layers))
-    return kept + embedding_bytes(workload) + 2 * min(buffered, workload.batch) * longest * layers[0].kv_bytes
+    return kept + embedding_bytes(workload) + 2 * minimum_of(buffered_requests, batch) * longest * layers[0].kv_bytes
+
+
+def new_tokens(generated: int) -> int:
+    """``generated`` as a whole number of new tokens of a request, from 1 to ``MOST_GENERATED``."""
+    found = whole("generation", "generated", generated, "new tokens of each request")
+    if found > MOST_GENERATED:
+        raise ValueError(f"generation: generated must be at most {MOST_GENERATED} new tokens of each request, not {found}; lower it")
+    return found
 
 
 def embedding_bytes(workload: Workload) -> float:
@@ -254,3 +302,51 @@ class OffloadCost:
             for name, held, room, over in tiers
             if over
         )
+
+
+def gigabytes_more(missing: float) -> str:
+    """``missing`` bytes, at least one, in GB with three digits, rounded up."""
+    missing = max(missing, 1.0) * (1 + 1e-9)  # more than the rounding of sums of bytes
+    unit = 10.0 ** (math.floor(math.log10(missing / GB)) - 2)
+    return f"{math.ceil(missing / GB / unit) * unit:.6g}"
+
+
+def capacity_for(need: float, capacity: float, profile: OffloadProfile | None) -> float:
+    """Bytes that a GPU's memory of ``capacity`` [B] lacks until the share of it that an engine may use holds ``need``."""
+    usable, reserved = (1.0, 0.0) if profile is None else (profile.usable, profile.reserved)
+    return (need + reserved) / usable - capacity
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest whole number from 1 to ``most`` that fits, where all below one that fits do; 0 if 1 does not."""
+    if most < 1 or not fits(1):
+        return 0
+    low, high = 1, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+LEAST_BITS = 1.0
+"""Bits of an element below which no precision is proposed."""
+
+
+def fewer_bits(workload: Workload, fits: Callable[[Workload], bool]) -> str:
+    """Weights, keys and values, and activations in the same share of their bits, the largest of hundredths that fits, as advice; "" if
+    there is none with at least a bit an element."""
+
+    names = ("weight_bits", "kv_bits", "activation_bits")
+
+    def shrunk(hundredths: int) -> Workload:
+        # Rounded down to hundredths of a bit, which are read back as they are written.
+        return replace(workload, **{name: math.floor(hundredths * getattr(workload, name) + 1e-9) / 100 for name in names})
+
+    least = math.ceil(100 * LEAST_BITS / min(getattr(workload, name) for name in names))
+    if least > 99:
+        return ""
+    found = largest(lambda more: fits(shrunk(least - 1 + more)), 100 - least)
+    if not found:
+        return ""
+    fewer = shrunk(least - 1 + found)
+    return f"use {fewer.weight_bits:g} bits a weight, {fewer.kv_bits:g} a key or value and {fewer.activation_bits:g} an activation"

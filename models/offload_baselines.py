@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from .checks import check_name
+from .checks import check_name, check_number, shown
 from .hardware import System
-from .offload import STAGED_REQUESTS, OffloadLayer, OffloadMachine, gpu_overhead, offload_layers
+from .offload import STAGED_REQUESTS, OffloadLayer, OffloadMachine, gpu_overhead, new_tokens, offload_layers
 from .offload_profiles import DATASHEET, OffloadProfile
 from .roofline import Array
 from .workload import Workload
@@ -53,6 +53,13 @@ class OffloadBaseline:
 
     def __post_init__(self) -> None:
         check_name("baseline", self.name)
+        what = f"baseline {self.name!r}"
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"{what}: rule must be one of {', '.join(get_args(Rule))}, not {shown(self.rule)}")
+        if not isinstance(self.profile, OffloadProfile):
+            raise ValueError(f"{what}: profile must be an OffloadProfile, not {shown(self.profile)}")
+        if self.kv_bits is not None:
+            check_number(what, "kv_bits", self.kv_bits, "bits", infinite=False)
 
     def layer_time(self, layer: OffloadLayer, machine: OffloadMachine, contexts: Array, cache: float) -> Array:
         """Seconds of one layer in a decode step at each of ``contexts`` [tokens]; ``cache`` [B of GPU memory] holds state of this layer."""
@@ -118,8 +125,8 @@ class GenerationCost:
 
     @property
     def fits(self) -> bool:
-        """The host holds weights and state, and the GPU a layer at a time."""
-        return self.host_bytes <= self.host_capacity and np.isfinite(self.decode)
+        """The host holds weights and state, but for the rounding of a sum, and the GPU a layer at a time."""
+        return self.host_bytes <= self.host_capacity * (1 + 1e-12) and math.isfinite(self.decode)
 
 
 def prefill_flops(layer: OffloadLayer, prompt: Array | float) -> Array:
@@ -133,8 +140,7 @@ def generation(system: System, workload: Workload, baseline: OffloadBaseline, *,
 
     Prefill of a layer: max(FLOPs / peak, weights / link, stored state / link to the host). ValueError for no new token.
     """
-    if generated < 1:
-        raise ValueError(f"a generation needs at least one new token, not {generated!r}")
+    generated = new_tokens(generated)
     if baseline.kv_bits is not None:
         workload = replace(workload, kv_bits=baseline.kv_bits)
     machine = OffloadMachine.build(system, baseline.profile)
@@ -149,7 +155,8 @@ def generation(system: System, workload: Workload, baseline: OffloadBaseline, *,
         stored = baseline.stored_bytes(layer, workload.batch * prompt, cache)
         flops = float(prefill_flops(layer, prompt))
         loads = baseline.groups(layer, float(contexts.max()), cache)
-        prefill += layer.layers * max(flops / machine.peak, loads * layer.weight_bytes / machine.to_device, stored / machine.to_host)
+        loading = loads * (layer.weight_bytes / machine.to_device) if math.isfinite(loads) else math.inf
+        prefill += layer.layers * max(flops / machine.peak, loading, stored / machine.to_host)
     state = sum(layer.layers * baseline.stored_bytes(layer, workload.batch * longest, cache) for layer in offload_layers(workload))
     return GenerationCost(
         prefill=prefill,

@@ -22,15 +22,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .checks import check_number, whole
+from .checks import check_number, shown, whole, wholes
 from .hardware import System
 from .llm import LLMConfig
-from .offload import OffloadCost
+from .offload import OffloadCost, gigabytes_more, largest
 from .placement_t4 import FLEXGEN_T4, FLEXGEN_T4_SYSTEM, PlacementProfile
 from .roofline import Array
 from .units import GB
@@ -49,6 +49,15 @@ GROUP_BITS = 4.5
 GPU_BATCH_SIZES = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)
 """The GPU batches that FlexGen's search tries, up to the first that does not fit."""
 
+GRID = 8
+"""Parts that shares are divided into where what would help is looked for."""
+
+LEAST_PERCENT = 7
+"""Per cent of the bits of weights, keys and values below which nothing is proposed: a bit of sixteen."""
+
+SPARE = 1e-5
+"""Share of a tier that is kept free there."""
+
 SUM_TOLERANCE = 1e-9
 """How far a plan's shares may be from a sum of 1: the rounding of decimal fractions and of a division by their sum."""
 
@@ -66,8 +75,8 @@ class PlacementPlan:
     def __post_init__(self) -> None:
         for name in ("weights", "cache", "hidden"):
             shares = getattr(self, name)
-            if len(shares) != 3:
-                raise ValueError(f"plan: {name} must be three shares (GPU, host, disk), not {shares!r}; add the missing ones")
+            if not isinstance(shares, Sequence) or len(shares) != 3:
+                raise ValueError(f"plan: {name} must be three shares (GPU, host, disk), not {shown(shares)}; add the missing ones")
             for share in shares:
                 check_number("plan", name, share, "share", zero=True)
             if max(shares) > 1 or abs(math.fsum(shares) - 1) > SUM_TOLERANCE:
@@ -190,7 +199,7 @@ class PlacementProblem:
             raise ValueError(f"{what}: capacity and tier_names are of GPU, host and disk, not {self.capacity!r} of {self.tier_names!r}")
         for room in self.capacity:
             check_number(what, "capacity", room, "B", zero=True, infinite=False)
-        sizes = tuple(whole(what, "gpu_batch_sizes", size, "requests") for size in self.gpu_batch_sizes)
+        sizes = wholes(what, "gpu_batch_sizes", self.gpu_batch_sizes, "requests")
         if not sizes:
             raise ValueError(f"{what}: gpu_batch_sizes must hold at least one size, not none; give the sizes to choose from")
         object.__setattr__(self, "gpu_batch_sizes", tuple(sorted(set(sizes))))
@@ -355,19 +364,67 @@ class PlacementProblem:
         return PREFILL_LANES[int(prefill.argmax())], DECODE_LANES[int(decode.argmax())]
 
     def explain_infeasible(self) -> str:
-        """Why not even one GPU batch of the smallest size fits."""
+        """Why not even one GPU batch of the smallest size fits, and changes each of which alone would help, in one sentence.
+
+        What would help is found on a grid of shares in eighths: a plan fits then, and a little less may do.
+        """
         least = self.gpu_batch_sizes[0]
         held = self.layers * (self.weight_bytes + least * self.kv_bytes * (self.prompt + self.generated))
         k, room = self.coefficients(least), self.room
-        buffers = [least * float(k.fixed_buffer[r]) for r in range(len(PEAKS))]
-        for peak, need in zip(PEAKS, buffers, strict=True):
-            tier = TIER_OF_PEAK[PEAKS.index(peak)]
+        for row, peak in enumerate(PEAKS):
+            tier, need = TIER_OF_PEAK[row], least * float(k.fixed_buffer[row])
             if need > room[tier]:
-                return (
-                    f"a GPU batch of {least} needs buffers of {need / GB:.3g} GB on the {peak}, where {room[tier] / GB:.3g} GB "
-                    f"are usable: {(need - room[tier]) / GB:.3g} GB too little; give {self.tier_names[tier]!r} more, or use shorter prompts"
+                text = (
+                    f"a GPU batch of {least} needs buffers of {need / GB:.6g} GB on the {peak}, where {room[tier] / GB:.6g} GB are usable: "
+                    f"{gigabytes_more(need - room[tier])} GB too little"
                 )
-        where = f"weights and cache of {least} requests are {held / GB:.4g} GB, GPU, host and disk have {sum(room) / GB:.4g} GB usable"
-        if held > sum(room):
-            return f"{where}: {(held - sum(room)) / GB:.3g} GB too little; add memory, or use fewer bits"
-        return f"{where}, but no division leaves room for the buffers beside them; add memory to the GPU or the host, or use fewer bits"
+                break
+        else:
+            text = f"weights and cache of {least} requests are {held / GB:.4g} GB, GPU, host and disk have {sum(room) / GB:.4g} GB usable"
+            if held > sum(room):
+                text += f": {gigabytes_more(held - sum(room))} GB too little"
+            else:
+                text += ", but no division leaves room for the buffers beside them"
+        return f"{text}; {', or '.join(self._ways())}"
+
+    def _ways(self) -> list[str]:
+        """Advice that makes some plan of a grid fit."""
+        short = self._lacking()
+        cheapest = short[int(short.sum(axis=1).argmin())] / self.profile.usable
+        ways = [
+            " and ".join(
+                f"enlarge {name} by {gigabytes_more(float(missing))} GB"
+                for name, missing in zip(self.tier_names, cheapest, strict=True)
+                if missing > 0
+            )
+        ]
+
+        def fits(problem: PlacementProblem) -> bool:
+            return not problem._lacking().any(axis=1).all()
+
+        prompt = largest(lambda tokens: fits(replace(self, prompt=tokens)), self.prompt - 1)
+        if prompt:
+            ways.append(f"use prompts of {prompt} tokens at most")
+
+        def packed(percent: int) -> PlacementProblem:
+            return replace(self, weight_bytes=self.weight_bytes * percent / 100, kv_bytes=self.kv_bytes * percent / 100)
+
+        more = largest(lambda more: fits(packed(LEAST_PERCENT - 1 + more)), 100 - LEAST_PERCENT)
+        if more:
+            ways.append(f"hold weights, keys and values in {LEAST_PERCENT - 1 + more} % of their bits")
+        return [way for way in ways if way]
+
+    def _lacking(self) -> Array:
+        """Bytes [plan, tier] that each tier lacks for one GPU batch of the smallest size, for a grid of shares; 0 where it has room.
+
+        A tier counts as full a little before it is, as solvers of linear programs leave a millionth of it free.
+        """
+        eighths = [(i / GRID, j / GRID, (GRID - i - j) / GRID) for i in range(GRID + 1) for j in range(GRID + 1 - i)]
+        shares = np.array(eighths)
+        hidden = np.array([(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)][: 3 if self.hidden_on_disk else 2])
+        w, c, h = (axis.ravel() for axis in np.meshgrid(*map(np.arange, (len(shares), len(shares), len(hidden))), indexing="ij"))
+        least = self.gpu_batch_sizes[0]
+        peaks = self.coefficients(least).peaks(shares[w], shares[c], hidden[h], least, np.full(len(w), least))
+        over = peaks - np.asarray(self.room)[list(TIER_OF_PEAK)] * (1 - SPARE)
+        by_tier = [np.maximum.reduce([over[:, r] for r in range(len(PEAKS)) if TIER_OF_PEAK[r] == tier]) for tier in range(3)]
+        return np.maximum(np.stack(by_tier, axis=1), 0.0) * (1 + 2 * SPARE)

@@ -19,9 +19,22 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .checks import whole
+from .checks import shown, whole, wholes
 from .hardware import System
-from .offload import OffloadCost, OffloadLayer, OffloadMachine, OffloadRatios, embedding_bytes, offload_layers, offload_ratios
+from .offload import (
+    OffloadCost,
+    OffloadLayer,
+    OffloadMachine,
+    OffloadRatios,
+    capacity_for,
+    embedding_bytes,
+    fewer_bits,
+    gigabytes_more,
+    largest,
+    new_tokens,
+    offload_layers,
+    offload_ratios,
+)
 from .offload_profiles import DATASHEET, OffloadProfile
 from .overlap import chunked, chunked_lines, fluid, fluid_lines, lowest
 from .roofline import Array
@@ -33,6 +46,9 @@ SplitTemplate = Literal["staged", "chunked", "fluid"]
 BUFFERED_LAYERS = 2
 """Layers whose state, and weights if they stream, are in GPU memory at a time: the one in use and the one that arrives."""
 
+STEPS_AT_ONCE = 2**15
+"""Decode steps whose splits are looked for in one array, of some 50 lines each."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecomputeSplitPlan:
@@ -41,7 +57,7 @@ class RecomputeSplitPlan:
     splits: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "splits", tuple(whole("plan", "a split", split, "tokens", least=0) for split in self.splits))
+        object.__setattr__(self, "splits", wholes("plan", "splits", self.splits, "tokens", least=0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,9 +184,12 @@ class RecomputeSplitProblem:
 
     @property
     def _staged_bytes(self) -> float:
-        token = max(max(layer.kv_bytes, layer.act_bytes if self.most else 0.0) for layer in self.layers)
         depth = min(BUFFERED_LAYERS, sum(layer.layers for layer in self.layers))
-        return depth * self.layers[0].batch * self.context * token
+        return depth * self.layers[0].batch * self.context * self._token_bytes
+
+    @property
+    def _token_bytes(self) -> float:
+        return max(max(layer.kv_bytes, layer.act_bytes if self.most else 0.0) for layer in self.layers)
 
     @property
     def _kv_bytes(self) -> float:
@@ -232,29 +251,47 @@ class RecomputeSplitProblem:
             to_device_bytes=crossing,
         )
 
+    @property
+    def possible(self) -> bool:
+        """Whether any plan fits: recomputing nothing takes least memory."""
+        return self.gpu_fits and self.token_room >= 0
+
     def explain_infeasible(self) -> str:
-        """Why not even a plan without recomputation fits, in one sentence: how many GB, and which batch or precision would fit."""
+        """Why not even a plan without recomputation fits, in one sentence: how many GB, and changes each of which alone would help."""
         tiers = (
-            (self.machine.gpu, self.gpu_bytes, self._staged_bytes, self.machine.gpu_capacity),
-            (self.machine.host, self.host_bytes, self._kv_bytes, self.machine.host_capacity),
+            (self.machine.gpu, self.gpu_bytes, self.machine.gpu_capacity, self.profile),
+            (self.machine.host, self.host_bytes, self.machine.host_capacity, None),
         )
-        short = [f"{name} needs {need / GB:.6g} GB and holds {room / GB:.6g} GB" for name, need, _, room in tiers if need > room]
-        over = [f"enlarge {name} by {(need - room) / GB:.3g} GB" for name, need, _, room in tiers if need > room]
-        if not over:
+        short = [f"{name} needs {need / GB:.6g} GB and holds {room / GB:.6g} GB" for name, need, room, _ in tiers if need > room]
+        if self.possible or not short:
             return "a plan without recomputation fits"
-        batch = self.layers[0].batch
-        fitting = min(math.floor(min((room - need + state) / (state / batch), batch)) if state else batch for _, need, state, room in tiers)
-        share = min(room / need for _, need, _, room in tiers if need > room)
+        over = []
+        for (name, need, room, profile), tier in zip(tiers, (None, None) if self.system is None else self.system.tiers[:2], strict=True):
+            if need > room:
+                missing = need - room if tier is None else max(capacity_for(need, tier.capacity, profile), need - room)
+                over.append(f"enlarge {name} by {gigabytes_more(missing)} GB")
         ways = [" and ".join(over)]
-        if fitting >= 1:
-            ways.append(f"serve GPU batches of {fitting} requests instead of {batch}")
-        elif self.weights == "gpu":
+        batch, context = self.layers[0].batch, self.context
+        fewer = largest(lambda n: self._with(batch=n).possible, batch - 1)
+        if fewer:
+            ways.append(f"serve GPU batches of {fewer} requests instead of {batch}")
+        shorter = 0 if fewer else largest(lambda n: self._with(context=n).possible, context - 1)
+        if shorter:
+            ways.append(f"shorten the context to {shorter} tokens")
+        if self.weights == "gpu" and replace(self, weights="host").possible:
             ways.append("stream the weights (weights='host')")
-        if self.workload is not None and share > 0:
-            served = self.workload
-            bits = (math.floor(share * one * 100) / 100 for one in (served.weight_bits, served.kv_bits, served.activation_bits))
-            ways.append("use {:g} bits a weight, {:g} a key or value and {:g} an activation".format(*bits))
+        bits = "" if self.workload is None else fewer_bits(self.workload, lambda served: self._with(workload=served).possible)
+        if bits:
+            ways.append(bits)
         return f"{' and '.join(short)}; {', or '.join(ways)}"
+
+    def _with(self, *, batch: int | None = None, context: int | None = None, workload: Workload | None = None) -> RecomputeSplitProblem:
+        """The problem with the bytes of another batch, context or precision; its times are not looked at."""
+        if workload is not None:
+            return replace(self, layers=offload_layers(workload, self.batches), embeddings=embedding_bytes(workload), workload=workload)
+        layers = self.layers if batch is None else tuple(replace(layer, batch=batch) for layer in self.layers)
+        context = self.context if context is None else context
+        return replace(self, layers=layers, context=context, most=min(self.most, context))
 
 
 _NEIGHBOURS = np.array([0.0, 1.0])
@@ -262,10 +299,13 @@ _NEIGHBOURS = np.array([0.0, 1.0])
 
 def _whole_limits(contexts: ArrayLike, most: ArrayLike | None) -> tuple[Array, Array]:
     """Contexts and limits that are whole numbers of tokens, of one shape."""
-    tokens = np.asarray(contexts, dtype=np.float64)
-    limit = tokens if most is None else np.asarray(most, dtype=np.float64)
-    if not np.all(np.isfinite(tokens) & (tokens >= 0) & (tokens == np.floor(tokens))):
-        raise ValueError(f"best_splits: contexts must be whole numbers of tokens, at least 0, not {contexts!r}")
+    try:
+        tokens = np.asarray(contexts, dtype=np.float64)
+        limit = tokens if most is None else np.asarray(most, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"best_splits: contexts and most must be numbers of tokens, not {shown(contexts)} and {shown(most)}") from None
+    if not np.all((tokens >= 0) & (tokens < 2**62) & (tokens == np.floor(tokens))):
+        raise ValueError(f"best_splits: contexts must be whole numbers of tokens, at least 0 and below 2**62, not {shown(contexts)}")
     if not np.all((limit >= 0) & (limit <= tokens) & (limit == np.floor(limit))):
         raise ValueError("best_splits: most must be whole numbers of tokens, at least 0 and at most the contexts; lower it")
     tokens, limit = np.broadcast_arrays(tokens, limit)
@@ -323,14 +363,15 @@ def split_generation(problem: RecomputeSplitProblem, *, generated: int, limit: L
 
     ``limit``: only tokens of the prompt are recomputed, as in KVPR, or all ("total"); the problem's own ``most`` does not count.
     """
-    generated = whole("split_generation", "generated", generated, "tokens")
+    generated = new_tokens(generated)
     if limit not in ("prompt", "total"):
         raise ValueError(f"split_generation: limit must be 'prompt' or 'total', not {limit!r}")
-    contexts = problem.context + np.arange(generated)
-    most = np.full(generated, problem.context) if limit == "prompt" else contexts
     layers = list(enumerate(problem.layers))
-    return SplitGeneration(
-        transfer=float(sum(layer.layers * problem.layer_time(index, 0, contexts).sum() for index, layer in layers)),
-        recompute=float(sum(layer.layers * problem.layer_time(index, most, contexts).sum() for index, layer in layers)),
-        best=float(best_splits(problem, contexts, most)[1].sum()),
-    )
+    transfer = recompute = best = 0.0
+    for start in range(0, generated, STEPS_AT_ONCE):
+        contexts = problem.context + np.arange(start, min(start + STEPS_AT_ONCE, generated))
+        most = np.full(len(contexts), problem.context) if limit == "prompt" else contexts
+        transfer += float(sum(layer.layers * problem.layer_time(index, 0, contexts).sum() for index, layer in layers))
+        recompute += float(sum(layer.layers * problem.layer_time(index, most, contexts).sum() for index, layer in layers))
+        best += float(best_splits(problem, contexts, most)[1].sum())
+    return SplitGeneration(transfer=transfer, recompute=recompute, best=best)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -101,12 +102,92 @@ def kernels(workload: Workload) -> tuple[tuple[int, tuple[Kernel, ...]], ...]:
     return tuple(listed)
 
 
+def step_kernels(workload: Workload, *, activations: bool = True, lm_head: bool = False) -> tuple[tuple[int, tuple[Kernel, ...]], ...]:
+    """How often a step runs which kernels: the products and the attention of ``kernels``, and what lies between them.
+
+    ``activations`` False: what lies between is fused into them, and activations stay on chip. ``lm_head``: the final norm and LM head too.
+    Attention is two kernels, one over keys and one over values (one with MLA, whose latent is both), with its scores on chip. FLOPs of
+    element-wise kernels count each operation of their formula once, exp included: RMSNorm 4 and LayerNorm 7 an element, rotary 3, SiLU or
+    GELU 4 (5 with a gate), residual 1. ``kv_write``: a decode step also writes the new token's state. Left out: biases, weights of norms,
+    the router's softmax, the look-up of embeddings.
+    """
+    llm, tokens, nbytes = workload.llm, workload.tokens, workload.activation_bits / 8
+    d = llm.hidden_size
+
+    def between(name: str, elements: float, per_element: float, moved: float) -> Kernel:
+        return Kernel(
+            name=name,
+            sublayer="fc",
+            split="column",
+            engine="vector",
+            rows=float(tokens),
+            flops=tokens * elements * per_element,
+            activation_bytes=tokens * moved,
+        )
+
+    norm_flops = 7 if llm.norm_bias else 4
+    rotated = llm.num_attention_heads * llm.qk_rope_head_dim + llm.qk_rope_head_dim
+    if llm.attention_kind != "MLA":
+        rotated = (llm.num_attention_heads + llm.num_key_value_heads) * llm.head_dim
+    rotary = not llm.max_position_embeddings and not llm.relative_position_projection
+    after_qkv = []
+    if llm.qk_norm:
+        after_qkv.append(between("qk_norm", rotated, 4, 2 * rotated * nbytes))
+    if rotary:
+        after_qkv.append(between("rotary", rotated, 3, 2 * rotated * nbytes))
+    if workload.phase == "decode":  # in prefill the state written is among the bytes of attention
+        after_qkv.append(between("kv_write", 0, 0, llm.state_elements * (nbytes + workload.kv_bits / 8)))
+    listed = []
+    for (count, layer), (_, matrices) in zip(kernels(workload), llm.layers, strict=True):
+        qkv, (attention,), (output, *ffn) = ([k for k in layer if k.sublayer == part] for part in ("qkv", "attention", "fc"))
+        passes = _two_passes(attention, llm)
+        if not activations:
+            fused = [replace(kernel, activation_bytes=0.0) for kernel in (*qkv, *passes, output, *ffn)]
+            listed.append((count, tuple(fused)))
+            continue
+        down = [kernel for kernel in ffn if kernel.name.endswith("down_proj")]
+        width = sum(matrix.outputs * matrix.experts_per_token for matrix in matrices if matrix.name.endswith("up_proj"))
+        ordered = [
+            *(between("attention_norm", d, norm_flops, 2 * d * nbytes), *qkv, *after_qkv, *passes),
+            *(output, between("attention_residual", d, 1, 3 * d * nbytes)),
+            *(between("ffn_norm", d, norm_flops, 2 * d * nbytes), *(kernel for kernel in ffn if kernel not in down)),
+            between("activation", width, 4 + llm.gated_ffn, (2 + llm.gated_ffn) * width * nbytes),
+            *(*down, between("ffn_residual", d, 1, 3 * d * nbytes)),
+        ]
+        listed.append((count, tuple(ordered)))
+    if lm_head:
+        head = Kernel(
+            name="lm_head",
+            sublayer="head",
+            split="column",
+            engine="matrix",
+            rows=float(workload.batch),
+            flops=2.0 * workload.batch * d * llm.vocab_size,
+            weight_bytes=d * llm.vocab_size * workload.weight_bits / 8,
+            activation_bytes=workload.batch * (d + llm.vocab_size) * nbytes if activations else 0.0,
+        )
+        listed.append((1, (between("final_norm", d, norm_flops, 2 * d * nbytes), head) if activations else (head,)))
+    return tuple(listed)
+
+
+def _two_passes(attention: Kernel, llm: LLMConfig) -> tuple[Kernel, ...]:
+    """Attention over keys, then over values: half of everything each."""
+    if llm.attention_kind == "MLA":
+        return (attention,)
+    half = {field: getattr(attention, field) / 2 for field in ("flops", "state_bytes", "activation_bytes")}
+    return (replace(attention, name="attention_scores", tensors=1, **half), replace(attention, name="attention_values", tensors=1, **half))
+
+
 def touched_share(tokens: ArrayLike, used: float) -> Array:
     """Share of the experts that a step of n ``tokens`` touches: 1 - (1 - used)^n, where each token uses a share ``used`` of them.
 
-    Tokens choose uniformly and alone. ``np.power`` gives one number and an array of them the same bits, which Python's ``**`` does not.
+    Tokens choose uniformly and alone. One number and an array of them give the same bits; with powers they would not, as NumPy squares
+    a single number whose exponent is 2.
     """
-    return 1.0 - np.power(1.0 - used, np.asarray(tokens, dtype=np.float64))
+    number = np.asarray(tokens, dtype=np.float64)
+    if used == 1:
+        return np.minimum(number, 1.0)
+    return -np.expm1(number * math.log1p(-used))
 
 
 def _product(matrix: Matrix, workload: Workload) -> Kernel:

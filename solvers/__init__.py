@@ -5,8 +5,8 @@ if not __name__.startswith("memsplit."):
 
 from .cache_ratio import ActFirstRatio, CpSatRatio, EnumerationRatio, HybridServeRatio, LpRatio, MilpRatio, SingleFormRatio
 from .kernel_mapping import ConvexMapping, CpSatMapping, MilpMapping, PatternMapping, TableMapping
-from .kernel_mapping_heuristics import FlexGenMapping, GreedyMapping, MajorMapping, NaiveMapping, SingleTierMapping, UniformMapping
 from .kernel_mapping_front import FrontPlan, front_of_designs, latency_energy_front
+from .kernel_mapping_heuristics import FlexGenMapping, GreedyMapping, MajorMapping, NaiveMapping, SingleTierMapping, UniformMapping
 from .mini_batches import CpSatBatches, FirstComeBatches, GreedyRatioBatches, MilpBatches
 from .placement import CharnesCooperPlacement, FixedPlacement, FlexGenPlacement, PulpPlacement
 from .recompute_split import ClosedFormSplit, CpSatSplit, EnumerationSplit, FixedShareSplit, MilpSplit

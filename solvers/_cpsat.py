@@ -139,6 +139,7 @@ def solve_program(
     whole numbers.
     """
     cp_model = _import_cp_model()
+    deadline = math.inf if time_limit is None else time.perf_counter() + time_limit
     units = 1.0 + float(program.upper[program.whole & np.isfinite(program.upper)].sum())
     step = max(ROUNDING_GAP * relative_gap / units, LEAST_STEP) * scale
     model = cp_model.CpModel()
@@ -147,19 +148,18 @@ def solve_program(
         for limit, whole in zip(program.upper, program.whole, strict=True)
     ]
     x = [model.new_int_var(0, limit, "") for limit in upper]
-    for rows, room, equal in ((program.rows, program.room, False), (program.equal, program.total, True)):
-        for row, limit in zip(rows, room, strict=True):
-            timed = bool(np.any(row[~program.whole]))
-            if timed and equal:
+    for columns, row, limit, equation in program.lines():
+        counted = program.whole[columns]
+        numbers = row
+        if not counted.all():
+            if equation:
                 raise AssertionError("an equation of times cannot be rounded; this is a defect of memsplit, please report it")
-            if timed:
-                numbers = np.where(program.whole, np.floor(row / step), row)
-                if np.any(numbers[~program.whole] != np.round(numbers[~program.whole])):
-                    raise AssertionError("times need whole coefficients; this is a defect of memsplit, please report it")
-                model.add(_sum(cp_model, x, numbers) <= math.ceil(limit / step))
-                continue
-            expression = _sum(cp_model, x, row)
-            model.add(expression == round(limit) if equal else expression <= math.floor(limit))
+            numbers = np.where(counted, np.floor(row / step), row)
+            if np.any(numbers[~counted] != np.round(numbers[~counted])):
+                raise AssertionError("times need whole coefficients; this is a defect of memsplit, please report it")
+            limit = math.ceil(limit / step)
+        expression = cp_model.LinearExpr.weighted_sum([x[j] for j in columns.tolist()], numbers.astype(np.int64))
+        model.add(expression == round(limit) if equation else expression <= math.floor(limit))
     # The cost in steps: whole variables cost their own seconds, rounded down.
     cost = np.where(program.whole, np.floor(program.cost / step), program.cost)
     model.minimize(_sum(cp_model, x, cost))
@@ -169,7 +169,7 @@ def solve_program(
     solver.parameters.relative_gap_limit = SEARCH_GAP * relative_gap
     solver.parameters.catch_sigint_signal = False
     if time_limit is not None:
-        solver.parameters.max_time_in_seconds = time_limit
+        solver.parameters.max_time_in_seconds = max(deadline - time.perf_counter(), 0.01)
     status = _solve(solver, model)
     if status == cp_model.MODEL_INVALID:
         raise AssertionError(f"CP-SAT calls its model invalid: {model.validate()}; this is a defect of memsplit, please report it")

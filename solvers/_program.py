@@ -8,6 +8,7 @@ Whoever builds one scales times and sizes to about 1; continuous variables are t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,20 +23,31 @@ NONE = np.zeros((0, 0))
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Program:
     """See the module's docstring: ``cost``, ``upper`` [n] (inf: no limit), ``whole`` [n] bool, ``rows`` [m, n], ``room`` [m],
-    ``equal`` [e, n], ``total`` [e]."""
+    ``equal`` [e, n], ``total`` [e]. ``rows`` and ``equal`` are arrays, or ``csr_array`` of SciPy where most of them is 0."""
 
     cost: Array
     upper: Array
     whole: NDArray[np.bool_]
-    rows: Array
+    rows: Any
     room: Array
-    equal: Array = field(default_factory=lambda: NONE)
+    equal: Any = field(default_factory=lambda: NONE)
     total: Array = field(default_factory=lambda: np.zeros(0))
 
     @property
     def size(self) -> int:
         """Number of variables."""
         return len(self.cost)
+
+    def lines(self) -> Iterator[tuple[NDArray[np.intp], Array, float, bool]]:
+        """Columns that are not 0, their numbers, the limit, and whether it is an equation, of every row."""
+        for rows, limits, equation in ((self.rows, self.room, False), (self.equal, self.total, True)):
+            for index, limit in enumerate(limits.tolist()):
+                if isinstance(rows, np.ndarray):
+                    columns = np.flatnonzero(rows[index])
+                    yield columns, rows[index][columns], limit, equation
+                else:
+                    part = slice(rows.indptr[index], rows.indptr[index + 1])
+                    yield rows.indices[part], rows.data[part], limit, equation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +60,17 @@ class ProgramAnswer:
     infeasible: bool = False
 
 
-def relaxation(program: Program) -> ProgramAnswer:
-    """The linear relaxation by SciPy's HiGHS. ``bound`` is the dual objective, made valid for the exact data by weak duality, so that
-    no tolerance of the solver can push it above the optimum."""
+def relaxation(program: Program, time_limit: float | None = None) -> ProgramAnswer:
+    """The linear relaxation by SciPy's HiGHS, empty if ``time_limit`` [s] came first. ``bound`` is the dual objective, made valid for the
+    exact data by weak duality, so that no tolerance of the solver can push it above the optimum."""
     from scipy.optimize import linprog
 
     arguments: dict[str, Any] = {"A_ub": program.rows, "b_ub": program.room} if len(program.room) else {}
     if len(program.total):
         arguments |= {"A_eq": program.equal, "b_eq": program.total}
     bounds = [(0.0, None if math.isinf(upper) else float(upper)) for upper in program.upper]
-    answer = linprog(program.cost, bounds=bounds, method="highs", **arguments)
+    options = {} if time_limit is None else {"time_limit": time_limit}
+    answer = linprog(program.cost, bounds=bounds, method="highs", options=options, **arguments)
     if answer.status == 2:
         return ProgramAnswer(infeasible=True)
     if answer.status != 0:

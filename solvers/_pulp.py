@@ -41,6 +41,9 @@ LARGEST_WHOLE = 10**6
 SPARE = 0.1
 """Added to every room: no whole numbers more fit, but none that fill the room exactly are lost to a tolerance either."""
 
+LEAST_SECONDS = 0.01
+"""What CBC gets if writing its model took all the time there was."""
+
 PATIENCE = 5.0
 """Seconds after the time limit at which CBC is killed; it does not look at the clock everywhere."""
 
@@ -249,9 +252,12 @@ def solve_program(program: Program, *, relative_gap: float, time_limit: float | 
     """
     from pulp import LpAffineExpression, LpContinuous, LpInteger, LpProblem
 
-    relaxed = relaxation(program)
+    deadline = math.inf if time_limit is None else time.perf_counter() + time_limit
+    relaxed = relaxation(program, time_limit)
     if relaxed.infeasible:
         return ProgramAnswer(infeasible=True)
+    if relaxed.values is None and time.perf_counter() > deadline:
+        return ProgramAnswer(bound=relaxed.bound)
     problem = LpProblem("program")
     x = [
         problem.add_variable(f"x{j}", 0, None if math.isinf(limit) else limit, LpInteger if whole else LpContinuous)
@@ -259,19 +265,19 @@ def solve_program(program: Program, *, relative_gap: float, time_limit: float | 
     ]
     scale = LEAST_OBJECTIVE / relaxed.bound if relaxed.bound is not None and relaxed.bound > 0 else 1.0
     problem.setObjective(LpAffineExpression(list(zip(x, (program.cost * scale).tolist(), strict=True))))
-    for rows, room, equal in ((program.rows, program.room, False), (program.equal, program.total, True)):
-        for row, limit in zip(rows, room.tolist(), strict=True):
-            expression = LpAffineExpression([(x[j], float(row[j])) for j in np.flatnonzero(row)])
-            problem += (expression == limit) if equal else (expression <= limit)
+    for columns, numbers, limit, equation in program.lines():
+        expression = LpAffineExpression([(x[j], number) for j, number in zip(columns.tolist(), numbers.tolist(), strict=True)])
+        problem += (expression == limit) if equation else (expression <= limit)
     with tempfile.TemporaryDirectory(prefix="memsplit-cbc-") as name:
         folder = Path(name)
         problem.writeMPS(str(folder / "model.mps"))
         cbc_seed = 1 + seed % (2**31 - 2)
         command = [_cbc_path(), "model.mps", *SOUND, "-ratioGap", repr(SEARCH_GAP * relative_gap)]
         command += ["-randomSeed", str(cbc_seed), "-randomCbcSeed", str(cbc_seed)]
+        left = max(deadline - time.perf_counter(), LEAST_SECONDS)
         if time_limit is not None:
-            command += ["-seconds", repr(time_limit), "-timeMode", "elapsed"]
-        log = _log_of([*command, "-solve", "-solution", "answer.sol"], folder, math.inf if time_limit is None else time_limit + PATIENCE)
+            command += ["-seconds", repr(left), "-timeMode", "elapsed"]
+        log = _log_of([*command, "-solve", "-solution", "answer.sol"], folder, left + PATIENCE)
         answer = folder / "answer.sol"
         status, *lines = answer.read_text().splitlines() if log and answer.exists() else [""]
     if status.startswith(("Infeasible", "Integer infeasible")):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ..models.cache_ratio import CacheRatioPlan, CacheRatioProblem
 from ._program import Program, ProgramAnswer, relaxation
-from .result import SolverResult, check_settings, finish
+from .result import SolverResult, check_settings, finish, unproven
 
 MOST_COMBINATIONS = 50_000_000
 """Pairs of ACT counts on GPU and host that ``EnumerationRatio`` looks at at most: about five seconds."""
@@ -59,20 +59,16 @@ class LpRatio:
         if not problem.possible:
             return finish(self, problem, None, started=started, infeasible=True)
         relaxed = _relaxations(problem)
-        most = _most_act(problem)
-        centres = {0, most}
-        for _, answer in relaxed:
-            if answer.values is not None:
-                near = int(answer.values[1])
-                centres.update(range(near - NEAR, near + NEAR + 2))
-        first = np.array(sorted(centre for centre in centres if 0 <= centre <= most), dtype=np.int64)
-        plan = _best_pair(problem, first)
-        return finish(self, problem, plan, started=started, bound=_bound(problem, relaxed), relative_gap=self.relative_gap)
+        plan = _rounded(problem, relaxed)
+        return finish(self, problem, plan, started=started, bound=_bound(relaxed), relative_gap=self.relative_gap)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MilpRatio:
-    """The program of the module's docstring in PuLP, by CBC. ``time_limit`` [s] for all cases together."""
+    """The program of the module's docstring in PuLP, by CBC. ``time_limit`` [s] for all cases together.
+
+    If it comes first, the better of what CBC found and ``LpRatio``'s plan counts.
+    """
 
     relative_gap: float = 1e-5
     time_limit: float | None = 60.0
@@ -85,13 +81,16 @@ class MilpRatio:
         def run(program: Program, limit: float | None) -> ProgramAnswer:
             return solve_program(program, relative_gap=self.relative_gap, time_limit=limit, seed=self.seed)
 
-        check_settings(self.relative_gap, self.time_limit)
+        check_settings(self.relative_gap, self.time_limit, seed=self.seed)
         return _integer(self, problem, run)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpSatRatio:
-    """The same program in OR-Tools' CP-SAT. ``time_limit`` [s] for all cases together."""
+    """The same program in OR-Tools' CP-SAT. ``time_limit`` [s] for all cases together.
+
+    If it comes first, the better of what CP-SAT found and ``LpRatio``'s plan counts.
+    """
 
     relative_gap: float = 1e-5
     time_limit: float | None = 60.0
@@ -105,7 +104,7 @@ class CpSatRatio:
         def run(program: Program, limit: float | None) -> ProgramAnswer:
             return solve_program(program, relative_gap=self.relative_gap, scale=1.0, time_limit=limit, threads=self.threads, seed=self.seed)
 
-        check_settings(self.relative_gap, self.time_limit, self.threads)
+        check_settings(self.relative_gap, self.time_limit, self.threads, seed=self.seed)
         return _integer(self, problem, run)
 
 
@@ -126,11 +125,7 @@ class EnumerationRatio:
                 f"EnumerationRatio looks at {MOST_COMBINATIONS} pairs of counts at most, and this problem has {pairs}; "
                 "use MilpRatio, or larger blocks"
             )
-        rows = max(1, AT_ONCE // (problem.blocks + 1))
-        plans = [_best_pair(problem, np.arange(start, min(start + rows, most + 1))) for start in range(0, most + 1, rows)]
-        found = [plan for plan in plans if plan is not None]
-        best = min(found, key=lambda plan: problem.evaluate(plan).latency)
-        return finish(self, problem, best, started=started, optimal=True)
+        return finish(self, problem, _best_pair(problem, np.arange(most + 1)), started=started, optimal=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,11 +232,37 @@ def _sums(problem: CacheRatioProblem) -> tuple[float, float, float, float]:
     )
 
 
+def _rounded(problem: CacheRatioProblem, relaxed: list[tuple[Case, ProgramAnswer]]) -> CacheRatioPlan | None:
+    """The best plan whose ACT count on the GPU is near that of a case's relaxation."""
+    most = _most_act(problem)
+    centres = {0, most}
+    for _, answer in relaxed:
+        if answer.values is not None:
+            near = int(answer.values[1])
+            centres.update(range(near - NEAR, near + NEAR + 2))
+    return _best_pair(problem, np.array(sorted(centre for centre in centres if 0 <= centre <= most), dtype=np.int64))
+
+
 def _best_pair(problem: CacheRatioProblem, act_gpu: NDArray[Any], *, beside: bool = True) -> CacheRatioPlan | None:
     """The fastest plan with one of the ``act_gpu`` counts and any ACT count on the host; None if none fits. ``beside``: KV may fill what
     ACT leaves of the GPU."""
-    first = act_gpu[:, None].astype(np.int64)
-    host = np.arange(problem.blocks + 1)[None, :]
+    found = (_best_of(problem, rows, columns, beside) for rows in _slices(act_gpu, problem) for columns in _columns(problem))
+    best = min((pair for pair in found if pair is not None), key=lambda pair: pair[0], default=None)
+    return None if best is None else best[1]
+
+
+def _slices(act_gpu: NDArray[Any], problem: CacheRatioProblem) -> Iterator[NDArray[Any]]:
+    rows = max(1, AT_ONCE // (problem.blocks + 1))
+    return (act_gpu[start : start + rows] for start in range(0, len(act_gpu), rows))
+
+
+def _columns(problem: CacheRatioProblem) -> Iterator[NDArray[Any]]:
+    blocks = problem.blocks
+    return (np.arange(start, min(start + AT_ONCE, blocks + 1)) for start in range(0, blocks + 1, AT_ONCE))
+
+
+def _best_of(problem: CacheRatioProblem, act_gpu: NDArray[Any], host: NDArray[Any], beside: bool) -> tuple[float, CacheRatioPlan] | None:
+    first, host = act_gpu[:, None].astype(np.int64), host[None, :]
     kv = problem.kv_gpu_for(first, host) if beside else np.zeros(np.broadcast_shapes(first.shape, host.shape), dtype=np.int64)
     rest = problem.blocks - first - host - kv
     fits = problem.fitting(kv, first, rest, host)
@@ -249,7 +270,8 @@ def _best_pair(problem: CacheRatioProblem, act_gpu: NDArray[Any], *, beside: boo
     i, j = np.unravel_index(int(seconds.argmin()), seconds.shape)
     if not fits[i, j]:
         return None
-    return CacheRatioPlan(kv_gpu=int(kv[i, j]), act_gpu=int(first[i, 0]), kv_host=int(rest[i, j]), act_host=int(j))
+    plan = CacheRatioPlan(kv_gpu=int(kv[i, j]), act_gpu=int(first[i, 0]), kv_host=int(rest[i, j]), act_host=int(host[0, j]))
+    return float(seconds[i, j]), plan
 
 
 def _with_host_act(problem: CacheRatioProblem, act_gpu: int, act_host: int) -> CacheRatioPlan:
@@ -335,46 +357,53 @@ def _relaxations(problem: CacheRatioProblem) -> list[tuple[Case, ProgramAnswer]]
     return sorted(found, key=lambda pair: -math.inf if pair[1].bound is None else pair[1].bound)
 
 
-def _bound(problem: CacheRatioProblem, relaxed: list[tuple[Case, ProgramAnswer]]) -> float | None:
+def _bound(relaxed: list[tuple[Case, ProgramAnswer]]) -> float | None:
     bounds = [answer.bound for _, answer in relaxed if answer.bound is not None]
     return min(bounds) if relaxed and len(bounds) == len(relaxed) else None
 
 
 def _integer(solver: MilpRatio | CpSatRatio, problem: CacheRatioProblem, run: Solve) -> SolverResult[CacheRatioPlan]:
-    """The best case; one whose relaxation is no better than the best plan so far is not looked at."""
+    """The best of the rounded relaxation and every case; a case whose relaxation is no better than the best plan is not looked at."""
     started = time.perf_counter()
     if not problem.possible:
         return finish(solver, problem, None, started=started, infeasible=True)
-    best: CacheRatioPlan | None = None
-    latency, bounds = math.inf, []
-    for case, relaxed in _relaxations(problem):
+    relaxations = _relaxations(problem)
+    best = _rounded(problem, relaxations)
+    latency = math.inf if best is None else problem.evaluate(best).latency
+    bounds = []
+    for case, relaxed in relaxations:
         least = 0.0 if relaxed.bound is None else relaxed.bound
-        if least >= latency:
-            bounds.append(least)
-            continue
         left = None if solver.time_limit is None else solver.time_limit - (time.perf_counter() - started)
-        if left is not None and left <= 0:
+        if least >= latency or (left is not None and left <= 0):
             bounds.append(least)
             continue
-        unit = least / sum(layer.layers for layer in problem.layers) or _unit(problem)
-        answer = run(_program(problem, case, unit), left)
-        if answer.infeasible:
+        plan, bound = _solved(problem, case, least, run, left)
+        if bound == math.inf:
             continue
-        bounds.append(least if answer.bound is None else max(least, answer.bound * unit))
-        if answer.values is None:
-            continue
-        counts = [int(value) for value in answer.values[:4]]
-        if sum(counts) == problem.blocks:
-            plan = CacheRatioPlan(kv_gpu=counts[0], act_gpu=counts[1], kv_host=counts[2], act_host=counts[3])
-            cost = problem.evaluate(plan)
-            if cost.fits and cost.latency < latency:
-                best, latency = plan, cost.latency
+        bounds.append(max(least, bound))
+        cost = None if plan is None else problem.evaluate(plan)
+        if cost is not None and cost.fits and cost.latency < latency:
+            best, latency = plan, cost.latency
+    proven = min(bounds, default=None)
     return finish(
         solver,
         problem,
         best,
         started=started,
-        bound=min(bounds, default=None),
+        bound=proven,
         relative_gap=solver.relative_gap,
-        message="" if best else f"no plan was found in {solver.time_limit} s; allow more time",
+        message="" if best is None else unproven(latency, proven, solver.relative_gap, solver.time_limit),
     )
+
+
+def _solved(problem: CacheRatioProblem, case: Case, least: float, run: Solve, left: float | None) -> tuple[CacheRatioPlan | None, float]:
+    """The integer program's own plan of a case whose relaxation takes ``least`` seconds, and a bound (inf: there is no plan)."""
+    unit = least / sum(layer.layers for layer in problem.layers) or _unit(problem)
+    answer = run(_program(problem, case, unit), left)
+    if answer.infeasible:
+        return None, math.inf
+    bound = 0.0 if answer.bound is None else answer.bound * unit
+    counts = [0] if answer.values is None else [int(value) for value in answer.values[:4]]
+    if sum(counts) != problem.blocks or len(counts) < 4:
+        return None, bound
+    return CacheRatioPlan(kv_gpu=counts[0], act_gpu=counts[1], kv_host=counts[2], act_host=counts[3]), bound

@@ -14,38 +14,44 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..models.kernel_mapping import KernelMappingPlan, KernelMappingProblem, Split
 from ..models.kernel_mapping_tables import KernelMappingTables
-from ..models.paging import Pages
 from ..models.roofline import Array
 from ._columns import Dual, IntegerSolver, close, column_generation, lagrangian
 from ._patterns import pattern_form, plan_of
+from ._table_search import uses_compiled
 from ._two_way import TwoWay, solve_two_way
 from .result import SolverResult, Status, check_settings, finish
 
 MOST_COMBINATIONS = 4_000_000
 """Combinations of all kinds but one that ``TableMapping`` looks at at most."""
 
-LIKELY = 16
-"""Choices that ``TableMapping`` looks at first: the best of them is the plan that rules out most others."""
-
 MOST_COLUMNS = 20_000
 """Columns from which on ``MilpMapping`` and ``CpSatMapping`` leave out those that a Lagrangian bound rules out."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TableMapping:
-    """The optimum of a grouped problem over two memories, for any cost table, by a range minimum.
+    """The optimum of a grouped problem over two memories, for any cost table (``_table_search``).
 
-    For each choice of all kinds but the last, the two capacities leave a range of slices of the last kind, and its fastest split in
-    that range is looked up. A choice that is slower than a known plan even if the last kind's slices were all as small as its smallest
-    is not looked at.
+    For a choice of all kinds but one, the two capacities leave a range of slices of that kind, and its fastest split in the range is
+    looked up. A Lagrangian bound, and a bound on what the room left can save, rule out nearly all choices without a look.
+
+    ``compiled``: by a loop that Numba compiles (True; ValueError where Numba is not installed), in NumPy (False), or (None) by the loop
+    where Numba is installed and the batch is large enough to pay for loading it. All give the same bits. Of plans that take equally
+    long, the first one in the order of kinds is taken: fewest slices on the first tier; the kind with the most slices comes last.
     """
+
+    compiled: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.compiled not in (None, True, False):
+            raise ValueError(f"compiled must be True, False or None (where it pays), not {self.compiled!r}")
 
     def solve(self, problem: KernelMappingProblem, /) -> SolverResult[KernelMappingPlan]:
         """The optimal plan; its bound is its latency. ValueError for a problem that this solver does not take."""
@@ -60,104 +66,31 @@ class TableMapping:
         plan = KernelMappingPlan.same_in_all_layers(problem, counts[0].tolist())
         return finish(self, problem, plan, started=started, optimal=True)
 
+    def for_batch(self, designs: int) -> TableMapping:
+        """This solver, with ``compiled`` decided for so many ``designs``, which may then be solved in smaller batches."""
+        return replace(self, compiled=uses_compiled(self.compiled, designs))
+
     def solve_batch(self, tables: KernelMappingTables) -> tuple[Array, NDArray[np.int64]]:
-        """Optima of D designs at once: seconds [D] (inf: nothing fits) and slices [D, K, 2]. Equal to the singles bit for bit."""
+        """Optima of D designs at once: seconds [D] (inf: nothing fits) and slices [D, K, 2] (-1: nothing fits). Equal to the singles
+        bit for bit."""
         tiers = len(tables.tier_names)
         if tiers != 2:
             raise ValueError(f"TableMapping takes two memories, and there are {tiers}: {list(tables.tier_names)}; use PatternMapping")
-        slices = np.array([kind.slices for kind in tables.kinds])
-        last = int(slices.argmax())
-        others = [k for k in range(len(slices)) if k != last]
-        number = math.prod(int(slices[k]) + 1 for k in others)
+        slices = [kind.slices for kind in tables.kinds]
+        last = max(range(len(slices)), key=lambda k: (slices[k], k))
+        number = math.prod(slices[k] + 1 for k in range(len(slices)) if k != last)
         if number > MOST_COMBINATIONS:
             raise ValueError(
                 f"TableMapping looks at no more than {MOST_COMBINATIONS} combinations, and these {len(slices)} kinds have {number}; "
                 "use ConvexMapping"
             )
-        layers = np.array([kind.layers for kind in tables.kinds])
-        seconds, pages = tables.two_way()
-        seconds = layers[:, None] * seconds
-        pages = layers[:, None, None] * pages
-        grid = np.indices([int(slices[k]) + 1 for k in others]).reshape(len(others), number)
-        best = np.full(len(seconds), np.inf)
-        counts = np.zeros((len(seconds), len(slices), 2), dtype=np.int64)
-        step = max(1, MOST_COMBINATIONS // 8 // max(1, grid.shape[1]))
-        for first in range(0, len(seconds), step):
-            some = np.s_[first : first + step]
-            best[some], chosen = _range_minimum(seconds[some], pages[some], tables.capacity[some], grid, others, last, int(slices[last]))
-            counts[some, :, 0] = chosen
-            counts[some, :, 1] = slices - chosen
-        return best, counts
-
-
-def _range_minimum(
-    seconds: Array, pages: Pages, capacity: Pages, grid: NDArray[np.int64], others: list[int], last: int, slices: int
-) -> tuple[Array, NDArray[np.int64]]:
-    """Optima [D] and slices on the first tier [D, K] for ``seconds`` [D, K, N+1], ``pages`` [D, K, N+1, 2], ``capacity`` [D, 2]."""
-    designs = np.arange(len(seconds))
-    before, held = np.zeros((len(seconds), 1)), np.zeros((len(seconds), 1), dtype=np.int64)
-    for row, k in enumerate(others):
-        upto = grid[row, -1] + 1
-        before = (before[:, :, None] + seconds[:, k, None, :upto]).reshape(len(seconds), -1)
-        held = (held[:, :, None] + pages[:, k, None, :upto, 0]).reshape(len(seconds), -1)
-    final, final_pages = seconds[:, last, : slices + 1], pages[:, last, : slices + 1]
-    ladder = _ladder(final)
-
-    def look(design: NDArray[np.int64], combination: NDArray[np.int64]) -> tuple[Array, NDArray[np.int64]]:
-        """Seconds (inf: none fits) and the last kind's slices for pairs of a design and a combination."""
-        room = capacity[design]
-        for row, k in enumerate(others):
-            room = room - pages[design, k, grid[row, combination]]
-        most = _count_at_most(final_pages[:, :, 0], design, room[:, 0]) - 1
-        least = slices + 1 - _count_at_most(final_pages[:, ::-1, 1], design, room[:, 1])
-        n = _fastest_in_range(ladder, final, design, np.maximum(least, 0), np.minimum(most, slices))
-        return np.where(n >= 0, before[design, combination] + final[design, n], np.inf), n
-
-    a_slice = (final_pages[:, 1:, 0] // np.arange(1, slices + 1)).min(axis=1)[:, None]
-    room = capacity[:, :1] - held
-    at_most = np.where(a_slice > 0, np.clip(room // np.maximum(a_slice, 1), 0, slices), slices)
-    fastest = np.minimum.accumulate(final, axis=1)[designs[:, None], at_most]
-    optimistic = np.where(room >= 0, before + fastest, np.inf)
-    likely = np.argpartition(optimistic, min(LIKELY, optimistic.shape[1] - 1), axis=1)[:, :LIKELY]
-    known = look(np.repeat(designs, likely.shape[1]), likely.ravel())[0].reshape(len(designs), -1).min(axis=1)
-    design, combination = np.nonzero(optimistic <= known[:, None])
-    found, n = look(design, combination)
-    order = np.lexsort((combination, found, design))
-    top = order[np.searchsorted(design[order], designs)]
-    chosen = np.zeros((len(designs), len(others) + 1), dtype=np.int64)
-    chosen[:, others] = grid[:, combination[top]].T
-    chosen[:, last] = n[top]
-    return found[top], chosen
-
-
-def _count_at_most(ascending: Pages, design: NDArray[np.int64], limit: Pages) -> NDArray[np.int64]:
-    """How many of ``ascending[design]`` are at most ``limit``: one bisection in all rows, each moved above the one before."""
-    width = ascending.shape[1]
-    apart = int(ascending.max()) + 2
-    rows = ascending + apart * np.arange(len(ascending))[:, None]
-    return np.searchsorted(rows.ravel(), np.clip(limit, -1, apart - 2) + apart * design, side="right") - width * design
-
-
-def _ladder(values: Array) -> NDArray[np.int64]:
-    """Positions [L, D, N+1] of the first minima of runs of 1, 2, 4, ... from each place on: a range minimum is the better of two."""
-    row = np.arange(len(values))[:, None]
-    steps = [np.broadcast_to(np.arange(values.shape[1]), values.shape)]
-    while 2 ** len(steps) <= values.shape[1]:
-        ahead = np.minimum(np.arange(values.shape[1]) + 2 ** (len(steps) - 1), values.shape[1] - 1)
-        left, right = steps[-1], steps[-1][:, ahead]
-        steps.append(np.where(values[row, right] < values[row, left], right, left))
-    return np.stack(steps)
-
-
-def _fastest_in_range(
-    ladder: NDArray[np.int64], values: Array, design: NDArray[np.int64], least: NDArray[np.int64], most: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Position of the first minimum of ``values[design, least..most]``; -1 where the range is empty."""
-    some = most >= least
-    level = np.frexp(np.where(some, most - least + 1, 1))[1] - 1
-    left = ladder[level, design, np.where(some, least, 0)]
-    right = ladder[level, design, np.where(some, most + 1 - (1 << level), 0)]
-    return np.where(some, np.where(values[design, right] < values[design, left], right, left), -1)
+        if uses_compiled(self.compiled, len(tables.capacity)):
+            from ._table_compiled import search_tables
+        else:
+            from ._table_search import search_tables
+        seconds, first = search_tables(tables, last)
+        second = np.where(first >= 0, np.array(slices) - first, -1)
+        return seconds, np.stack([first, second], axis=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,10 +21,20 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..models.mini_batches import MiniBatchPlan, MiniBatchProblem
+from ..models.roofline import Array
 from ._program import Program, ProgramAnswer
-from .result import SolverResult, check_settings, finish
+from .result import SolverResult, check_settings, finish, unproven
+
+Indices = NDArray[np.int64]
+
+MOST_PAIRS = 50_000
+"""Pairs of a request and a mini-batch in a program, at most: CP-SAT and PuLP take some 200 MB for as many."""
+
+SECONDS_A_PAIR = 2e-5
+"""Seconds that a solver needs for each pair of a program before it begins to search, measured; with less left, none is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +88,7 @@ class MilpBatches:
         def run(program: Program, limit: float | None) -> ProgramAnswer:
             return solve_program(program, relative_gap=self.relative_gap, time_limit=limit, seed=self.seed)
 
-        check_settings(self.relative_gap, self.time_limit)
+        check_settings(self.relative_gap, self.time_limit, seed=self.seed)
         return _integer(self, problem, run)
 
 
@@ -101,7 +111,7 @@ class CpSatBatches:
         def run(program: Program, limit: float | None) -> ProgramAnswer:
             return solve_program(program, relative_gap=self.relative_gap, scale=1.0, time_limit=limit, threads=self.threads, seed=self.seed)
 
-        check_settings(self.relative_gap, self.time_limit, self.threads)
+        check_settings(self.relative_gap, self.time_limit, self.threads, seed=self.seed)
         return _integer(self, problem, run)
 
 
@@ -144,34 +154,39 @@ def _greedy(problem: MiniBatchProblem) -> MiniBatchPlan:
 
 def _program(problem: MiniBatchProblem, unit: float) -> Program:
     """The program with seconds counted in ``unit``. Columns: x (all i of place 0, of place 1, ...), u, z, T."""
+    from scipy.sparse import coo_array
+
     n, places = problem.requests, most_places(problem)
     load, gen = np.array(problem.load) / unit, np.array(problem.generate) / unit
     alpha_load, alpha_gen = problem.alpha_load / unit, problem.alpha_generate / unit
     x, u, z, last = 0, n * places, n * places + places, n * places + 2 * places
     size = last + 1
-    rows, room = [], []
+    parts: list[tuple[int, Indices, Array]] = []  # row, its columns and their numbers
+    room: list[float] = []
 
-    def row(limit: float, *parts: tuple[slice | int, float | np.ndarray]) -> None:
-        line = np.zeros(size)
-        for where, numbers in parts:
-            line[where] = numbers
-        rows.append(line)
+    def row(limit: float, *filled: tuple[Indices | int, Array | float]) -> None:
+        for where, numbers in filled:
+            columns = np.atleast_1d(np.asarray(where, dtype=np.int64))
+            parts.append((len(room), columns, np.broadcast_to(np.asarray(numbers, dtype=np.float64), columns.shape)))
         room.append(limit)
 
     for j in range(places):
-        own = slice(x + j * n, x + (j + 1) * n)
+        own = np.arange(x + j * n, x + (j + 1) * n)
         row(0.0, (own, load), (u + j, alpha_load), (z + j, -1.0))
         row(0.0, (own, gen), (u + j, alpha_gen), (z + j, -1.0))
         row(0.0, (own, 1.0), (u + j, -float(problem.most_requests)))
         row(0.0, (own, np.array(problem.blocks, dtype=np.float64)), (u + j, -float(problem.most_blocks)))
         if j:
             row(0.0, (u + j, 1.0), (u + j - 1, -1.0))
-    row(0.0, (slice(z, last), 1.0), (last, -1.0))
+    row(0.0, (np.arange(z, last), 1.0), (last, -1.0))
     total = float(problem.weights + math.fsum(problem.load)) / unit
-    row(-total, (slice(u, z), alpha_load), (last, -1.0))
-    equal = np.zeros((n, size))
-    for i in range(n):
-        equal[i, x + i : u : n] = 1.0
+    row(-total, (np.arange(u, z), alpha_load), (last, -1.0))
+    numbers = np.concatenate([part for _, _, part in parts])
+    which = np.concatenate([np.full(len(columns), index) for index, columns, _ in parts])
+    rows = coo_array((numbers, (which, np.concatenate([columns for _, columns, _ in parts]))), shape=(len(room), size)).tocsr()
+    rows.eliminate_zeros()
+    requests = np.tile(np.arange(n), places)
+    equal = coo_array((np.ones(n * places), (requests, np.arange(n * places))), shape=(n, size)).tocsr()
     upper = np.full(size, math.inf)
     upper[:z] = 1.0
     for j in range(1, places):
@@ -180,7 +195,7 @@ def _program(problem: MiniBatchProblem, unit: float) -> Program:
     whole[:z] = True
     cost = np.zeros(size)
     cost[last] = 1.0
-    return Program(cost=cost, upper=upper, whole=whole, rows=np.array(rows), room=np.array(room), equal=equal, total=np.ones(n))
+    return Program(cost=cost, upper=upper, whole=whole, rows=rows, room=np.array(room), equal=equal, total=np.ones(n))
 
 
 def _integer(
@@ -191,17 +206,37 @@ def _integer(
     plans = [result.unwrap() for result in (FirstComeBatches().solve(problem), GreedyRatioBatches().solve(problem))]
     bound = problem.least_latency * (1 - 1e-12)  # of sums in another order
     latency = min(problem.evaluate(plan).latency for plan in plans)
+    message = ""
     if latency - bound > solver.relative_gap * latency:
-        unit = bound / problem.layers or 1.0
-        left = None if solver.time_limit is None else max(solver.time_limit - (time.perf_counter() - started), 0.01)
-        answer = run(_program(problem, unit), left)
-        if answer.bound is not None:
-            bound = max(bound, answer.bound * unit * problem.layers)
-        if answer.values is not None:
-            n = problem.requests
-            chosen = answer.values[: n * most_places(problem)].reshape(-1, n)
-            found = _plan([np.flatnonzero(place > 0.5).tolist() for place in chosen])
-            if sorted(chain.from_iterable(found.batches)) == list(range(n)) and problem.evaluate(found).fits:
-                plans.append(found)
+        size = problem.requests * most_places(problem)
+        left = None if solver.time_limit is None else solver.time_limit - (time.perf_counter() - started)
+        if size > MOST_PAIRS:
+            message = f"a greedy plan: {size} pairs of requests and mini-batches are more than {MOST_PAIRS}, the most for a program"
+        elif left is not None and left < size * SECONDS_A_PAIR:
+            message = f"a greedy plan: {solver.time_limit:g} s are too few to write a program of {size} pairs of requests and mini-batches"
+        else:
+            answered, found = _by_program(problem, bound / problem.layers or 1.0, run, left)
+            bound = max(bound, answered)
+            plans += [] if found is None else [found]
     best = min(plans, key=lambda plan: problem.evaluate(plan).latency)
-    return finish(solver, problem, best, started=started, bound=bound, relative_gap=solver.relative_gap)
+    if not message:
+        message = unproven(problem.evaluate(best).latency, bound, solver.relative_gap, solver.time_limit)
+    return finish(solver, problem, best, started=started, bound=bound, relative_gap=solver.relative_gap, message=message)
+
+
+def _by_program(
+    problem: MiniBatchProblem, unit: float, run: Callable[[Program, float | None], ProgramAnswer], limit: float | None
+) -> tuple[float, MiniBatchPlan | None]:
+    """The program's bound (0: none), and its own plan if it has one that fits."""
+    started = time.perf_counter()
+    program = _program(problem, unit)
+    left = None if limit is None else max(limit - (time.perf_counter() - started), 0.01)
+    answer = run(program, left)
+    bound = 0.0 if answer.bound is None else answer.bound * unit * problem.layers
+    if answer.values is None:
+        return bound, None
+    n = problem.requests
+    chosen = answer.values[: n * most_places(problem)].reshape(-1, n)
+    found = _plan([np.flatnonzero(place > 0.5).tolist() for place in chosen])
+    complete = sorted(chain.from_iterable(found.batches)) == list(range(n))
+    return bound, found if complete and problem.evaluate(found).fits else None

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..models.checks import whole
 from ..models.placement import TIER_OF_PEAK, PlacementCoefficients, PlacementPlan, PlacementProblem, Shares
 from ..models.roofline import Array
 from ._program import Program, ProgramAnswer, relaxation
@@ -196,13 +197,12 @@ class FlexGenPlacement:
     def solve(self, problem: PlacementProblem, /) -> SolverResult[PlacementPlan]:
         """The best plan that the search meets."""
         started = time.perf_counter()
-        if self.most_gpu_batches < 1:
-            raise ValueError(f"FlexGenPlacement: most_gpu_batches must be at least 1, not {self.most_gpu_batches!r}; give the most to try")
+        most_gpu_batches = whole("FlexGenPlacement", "most_gpu_batches", self.most_gpu_batches, "GPU batches to try")
         search = _Search(problem, relaxation)
         none = False
         for gpu_batch in problem.gpu_batch_sizes:
             k, previous = problem.coefficients(gpu_batch), math.inf
-            for gpu_batches in range(1, self.most_gpu_batches + 1):
+            for gpu_batches in range(1, most_gpu_batches + 1):
                 latency, bound = search.try_plan(k, gpu_batch, gpu_batches)
                 # The first of the smallest GPU batch needs the least memory of all plans.
                 none = none or (gpu_batch == problem.gpu_batch_sizes[0] and gpu_batches == 1 and math.isinf(bound))
@@ -243,6 +243,7 @@ class PulpPlacement:
         from ._pulp import solve_program
 
         started = time.perf_counter()
+        check_settings(self.relative_gap, self.time_limit)
 
         def answer(program: Program) -> ProgramAnswer:
             left = None if self.time_limit is None else max(started + self.time_limit - time.perf_counter(), LEAST_TIME)

@@ -21,13 +21,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.checks import check_number
 from ..models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, best_splits
 from ..models.roofline import Array
 from ._program import Program, ProgramAnswer, relaxation
-from .result import SolverResult, check_settings, finish
+from .result import SolverResult, check_settings, finish, unproven
 
 MOST_COMBINATIONS = 4_000_000
 """Plans that are listed at most."""
+
+LEAST_TIME = 0.01
+"""Seconds that a solver gets if writing its program took all the time there was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class ClosedFormSplit:
     def solve(self, problem: RecomputeSplitProblem, /) -> SolverResult[RecomputeSplitPlan]:
         """The optimal plan; its bound is its latency. ValueError if too many classes of layers compete for the host's memory."""
         started = time.perf_counter()
-        if not _feasible(problem):
+        if not problem.possible:
             return finish(self, problem, None, started=started, infeasible=True)
         best = [int(split) for split in best_splits(problem)[0]]
         layers = [layer.layers for layer in problem.layers]
@@ -56,9 +60,10 @@ class EnumerationSplit:
     def solve(self, problem: RecomputeSplitProblem, /) -> SolverResult[RecomputeSplitPlan]:
         """The optimal plan, the smallest splits of several; ValueError if there are too many combinations."""
         started = time.perf_counter()
-        if not _feasible(problem):
+        if not problem.possible:
             return finish(self, problem, None, started=started, infeasible=True)
         layers = [layer.layers for layer in problem.layers]
+        _check_number("EnumerationSplit", problem.most + 1)
         splits = np.arange(problem.most + 1)
         tables = [depth * problem.layer_time(index, splits) for index, depth in enumerate(layers)]
         best = [int(table.argmin()) for table in tables]
@@ -73,26 +78,32 @@ class EnumerationSplit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MilpSplit:
-    """The formulation as an integer program in PuLP, solved by the CBC that PuLP brings."""
+    """The formulation as an integer program in PuLP, solved by the CBC that PuLP brings.
+
+    If ``time_limit`` [s] comes first, the better of what CBC found and the closed form's plan counts.
+    """
 
     relative_gap: float = 1e-6
     time_limit: float | None = 60.0
     seed: int = 0
 
     def solve(self, problem: RecomputeSplitProblem, /) -> SolverResult[RecomputeSplitPlan]:
-        """A plan and CBC's proven bound; within ``time_limit`` [s] the best plan found so far."""
+        """The plan within ``relative_gap`` of the optimum, or the best one in time, and CBC's proven bound."""
         from ._pulp import solve_program
 
-        def answer(program: Program, _: float) -> ProgramAnswer:
-            return solve_program(program, relative_gap=self.relative_gap, time_limit=self.time_limit, seed=self.seed)
+        def answer(program: Program, _: float, limit: float | None) -> ProgramAnswer:
+            return solve_program(program, relative_gap=self.relative_gap, time_limit=limit, seed=self.seed)
 
-        check_settings(self.relative_gap, self.time_limit)
+        check_settings(self.relative_gap, self.time_limit, seed=self.seed)
         return _by_program(self, problem, answer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpSatSplit:
-    """The formulation as a constraint problem in OR-Tools' CP-SAT; times are rounded to steps that keep the bound valid."""
+    """The formulation as a constraint problem in OR-Tools' CP-SAT; times are rounded to steps that keep the bound valid.
+
+    If ``time_limit`` [s] comes first, the better of what CP-SAT found and the closed form's plan counts.
+    """
 
     relative_gap: float = 1e-6
     time_limit: float | None = 60.0
@@ -100,15 +111,15 @@ class CpSatSplit:
     seed: int = 0
 
     def solve(self, problem: RecomputeSplitProblem, /) -> SolverResult[RecomputeSplitPlan]:
-        """A plan and CP-SAT's proven bound; within ``time_limit`` [s] the best plan found so far."""
+        """The plan within ``relative_gap`` of the optimum, or the best one in time, and CP-SAT's proven bound."""
         from ._cpsat import solve_program
 
-        def answer(program: Program, scale: float) -> ProgramAnswer:
+        def answer(program: Program, scale: float, limit: float | None) -> ProgramAnswer:
             return solve_program(
-                program, relative_gap=self.relative_gap, scale=scale, time_limit=self.time_limit, threads=self.threads, seed=self.seed
+                program, relative_gap=self.relative_gap, scale=scale, time_limit=limit, threads=self.threads, seed=self.seed
             )
 
-        check_settings(self.relative_gap, self.time_limit, self.threads)
+        check_settings(self.relative_gap, self.time_limit, self.threads, seed=self.seed)
         return _by_program(self, problem, answer)
 
 
@@ -124,17 +135,13 @@ class FixedShareSplit:
     def solve(self, problem: RecomputeSplitProblem, /) -> SolverResult[RecomputeSplitPlan]:
         """The plan of that share, if it fits; no bound."""
         started = time.perf_counter()
-        if not 0 <= self.share <= 1:
+        check_number("FixedShareSplit", "share", self.share, "share of the tokens", zero=True)
+        if self.share > 1:
             raise ValueError(f"FixedShareSplit: share must be from 0 to 1, not {self.share!r}")
-        if not _feasible(problem):
+        if not problem.possible:
             return finish(self, problem, None, started=started, infeasible=True)
         split = min(math.floor(self.share * problem.context), problem.most)
         return finish(self, problem, RecomputeSplitPlan(splits=(split,) * len(problem.layers)), started=started)
-
-
-def _feasible(problem: RecomputeSplitProblem) -> bool:
-    """Recomputing nothing takes least memory."""
-    return problem.gpu_fits and problem.token_room >= 0
 
 
 def _check_number(solver: str, combinations: int) -> None:
@@ -166,10 +173,11 @@ def _within_room(problem: RecomputeSplitProblem, layers: list[int], best: list[i
 
 
 def _by_program(
-    solver: MilpSplit | CpSatSplit, problem: RecomputeSplitProblem, answer: Callable[[Program, float], ProgramAnswer]
+    solver: MilpSplit | CpSatSplit, problem: RecomputeSplitProblem, answer: Callable[[Program, float, float | None], ProgramAnswer]
 ) -> SolverResult[RecomputeSplitPlan]:
+    """The better of the program's plan and one to begin with; the bound is the program's, or its relaxation's."""
     started = time.perf_counter()
-    if not _feasible(problem):
+    if not problem.possible:
         return finish(solver, problem, None, started=started, infeasible=True)
     classes = len(problem.layers)
     unit = problem.evaluate(RecomputeSplitPlan(splits=(0,) * classes)).latency
@@ -178,12 +186,32 @@ def _by_program(
         return finish(solver, problem, RecomputeSplitPlan(splits=(0,) * classes), started=started, optimal=True)
     program = _program(problem, unit)
     relaxed = relaxation(program)
-    found = answer(program, relaxed.bound if relaxed.bound is not None and relaxed.bound > 0 else 1.0)
-    plan = None
+    left = None if solver.time_limit is None else max(solver.time_limit - (time.perf_counter() - started), LEAST_TIME)
+    found = answer(program, relaxed.bound if relaxed.bound is not None and relaxed.bound > 0 else 1.0, left)
+    plans = [_first_plan(problem)]
     if found.values is not None:
         plan = RecomputeSplitPlan(splits=tuple(min(int(value), problem.most) for value in found.values[:classes]))
-    bound = None if found.bound is None else found.bound * unit
-    return finish(solver, problem, plan, started=started, bound=bound, relative_gap=solver.relative_gap, infeasible=found.infeasible)
+        if problem.evaluate(plan).fits:
+            plans.insert(0, plan)  # of equal plans, the program's own
+    best = min(plans, key=lambda plan: problem.evaluate(plan).latency)
+    bounds = [one.bound * unit for one in (relaxed, found) if one.bound is not None]
+    return finish(
+        solver,
+        problem,
+        best,
+        started=started,
+        bound=max(bounds, default=None),
+        relative_gap=solver.relative_gap,
+        message=unproven(problem.evaluate(best).latency, max(bounds, default=None), solver.relative_gap, solver.time_limit),
+    )
+
+
+def _first_plan(problem: RecomputeSplitProblem) -> RecomputeSplitPlan:
+    """The closed form's plan, or no recomputation where too many classes of layers compete for the host's memory."""
+    try:
+        return ClosedFormSplit().solve(problem).unwrap()
+    except ValueError:
+        return RecomputeSplitPlan(splits=(0,) * len(problem.layers))
 
 
 def _program(problem: RecomputeSplitProblem, unit: float) -> Program:

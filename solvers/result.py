@@ -6,9 +6,18 @@ import math
 import time
 from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Integral, Real
 from typing import Any, Generic, Protocol, TypeVar
 
+from ..models.checks import shown
+
 Plan = TypeVar("Plan")
+
+LONGEST_TIME = 1e7
+"""Seconds of the longest time limit, four months: operating systems wait no longer than some months in one go."""
+
+MOST_THREADS = 10_000
+"""More threads than any machine has, and the most that CP-SAT takes."""
 
 
 class Status(StrEnum):
@@ -113,11 +122,32 @@ def finish(
     )
 
 
-def check_settings(relative_gap: float, time_limit: float | None, threads: int = 1) -> None:
+def unproven(objective: float, bound: float | None, relative_gap: float, time_limit: float | None) -> str:
+    """The message beside a plan that is not proven: the gap that is left, and what to change; "" if it is proven."""
+    if bound is not None and objective - bound <= max(relative_gap, 2e-12) * objective:
+        return ""
+    gap = "nothing is proven of it" if bound is None or bound <= 0 else f"it is within {(objective - bound) / objective:.2g} of the optimum"
+    limit = "" if time_limit is None else f" when {time_limit:g} s were over"
+    return f"a plan, but not proven within {relative_gap:g}{limit}: {gap}; allow more time, or a larger relative_gap"
+
+
+def check_settings(relative_gap: float, time_limit: float | None, threads: int = 1, *, seed: int = 0) -> None:
     """The settings that exact solvers share; ValueError in one sentence."""
-    if not 0 <= relative_gap < 1:
-        raise ValueError(f"relative_gap must be at least 0 and below 1, not {relative_gap!r}; 1e-6 is a good choice")
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit must be above 0 s, not {time_limit!r}; None means no limit")
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads!r}")
+    if not _number(relative_gap) or not 0 <= relative_gap < 1:
+        raise ValueError(f"relative_gap must be a number, at least 0 and below 1, not {shown(relative_gap)}; 1e-6 is a good choice")
+    if time_limit is not None and not (_number(time_limit) and 0 < time_limit <= LONGEST_TIME):
+        raise ValueError(
+            f"time_limit must be a number above 0 s and at most {LONGEST_TIME:g} s, not {shown(time_limit)}; None means no limit"
+        )
+    if not _integral(threads) or not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads must be a whole number, at least 1 and at most {MOST_THREADS}, not {shown(threads)}")
+    if not _integral(seed):
+        raise ValueError(f"seed must be a whole number, not {shown(seed)}; 0 is as good as any")
+
+
+def _integral(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from memsplit.models import LLMConfig, Workload
-from memsplit.models.cache_ratio import generation_time
 from memsplit.models.offload import OffloadMachine, offload_layers
+from memsplit.models.offload_generation import generation_time
 from memsplit.models.offload_profiles import FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER, KVPR_NOMINAL, KVPR_PAPER, OffloadProfile
 from memsplit.models.placement import PlacementPlan, PlacementProblem
 from memsplit.models.placement_t4 import FLEXGEN_T4, FLEXGEN_T4_FAST_DISK

@@ -9,7 +9,7 @@ values on GPU and host, and of activations on GPU and host; the rest is on the d
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ import pandas as pd
 
 from memsplit import __version__
 from memsplit.dse import show, study_arguments, write_csv
-from memsplit.models import OffloadMachine, OffloadRatios, Workload, offload_layers, offload_ratios
+from memsplit.dse.study import INTERRUPTED, finished_rows
+from memsplit.models import LLMConfig, OffloadMachine, OffloadRatios, Workload, offload_layers, offload_ratios
 from memsplit.models.placement import GROUP_BITS, PlacementPlan, PlacementProblem
 from memsplit.models.placement_t4 import FLEXGEN_T4, FLEXGEN_T4_FAST_DISK, PlacementProfile
 from memsplit.models.presets import LLMS, OPT_30B, OPT_175B, T4_SYSTEM
@@ -45,19 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = study_arguments(__doc__ or "", argv, default_out="flexgen_policies.csv")
     llms = (OPT_30B,) if arguments.quick else (OPT_30B, OPT_175B)
     precisions = (16.0,) if arguments.quick else (16.0, GROUP_BITS)
-    rows = [row for profile in PROFILES for row in published_policies(profile)]
-    for llm in llms:
-        for bits in precisions:
-            for profile in PROFILES:
-                problem = PlacementProblem.build(llm, prompt=512, generated=GENERATED, profile=profile, weight_bits=bits, kv_bits=bits)
-                exact = CharnesCooperPlacement().solve(problem)
-                bound = exact.bound
-                solvers: tuple[Solver, ...] = (FlexGenPlacement(), CharnesCooperPlacement(relative_gap=0.01), CharnesCooperPlacement())
-                for name, solver in zip(("flexgen search", "optimum within 1 %", "optimum"), solvers, strict=True):
-                    rows.append(row_of(name, problem, solver, bits, bound))
-                rows.append(row_of("optimum, PuLP", problem, PulpPlacement(), bits, bound))
+    rows, interrupted = finished_rows(rows_of(llms, precisions))
     frame = pd.DataFrame(rows).assign(template="flexgen_sync", seed=arguments.seed, version=__version__)
     write_csv(arguments.out, frame, provenance={"profiles": PROFILES})
+    if interrupted:
+        print(f"Written: {arguments.out}")
+        return INTERRUPTED
     columns = ["llm", "prompt_tokens", "bits", "profile", "plan_from", "usable_share", "published_tok_per_s", "throughput_tok_per_s"]
     columns += ["gap_to_bound", "policy", "gpu_batch", "gpu_batches", "longest_in_decode", "runtime_s"]
     show(frame[columns], title="Generated tokens a second on a T4")
@@ -65,6 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     print(f"Written: {arguments.out}")
     return 0
+
+
+def rows_of(llms: Sequence[LLMConfig], precisions: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """The published policies, then what each solver finds for each LLM, precision and disk."""
+    for profile in PROFILES:
+        yield from published_policies(profile)
+    for llm in llms:
+        for bits in precisions:
+            for profile in PROFILES:
+                problem = PlacementProblem.build(llm, prompt=512, generated=GENERATED, profile=profile, weight_bits=bits, kv_bits=bits)
+                bound = CharnesCooperPlacement().solve(problem).bound
+                solvers: tuple[Solver, ...] = (FlexGenPlacement(), CharnesCooperPlacement(relative_gap=0.01), CharnesCooperPlacement())
+                for name, solver in zip(("flexgen search", "optimum within 1 %", "optimum"), solvers, strict=True):
+                    yield row_of(name, problem, solver, bits, bound)
+                yield row_of("optimum, PuLP", problem, PulpPlacement(), bits, bound)
 
 
 def published_policies(profile: PlacementProfile) -> list[dict[str, Any]]:

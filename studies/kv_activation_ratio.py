@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,11 @@ import pandas as pd
 
 from memsplit import __version__
 from memsplit.dse import compare, positive, show, study_arguments, write_csv
+from memsplit.dse.study import INTERRUPTED, finished_rows
 from memsplit.models import System, Workload
-from memsplit.models.cache_ratio import CacheRatioPlan, CacheRatioProblem, act_first_is_optimal, generation_time
+from memsplit.models.cache_ratio import CacheRatioPlan, CacheRatioProblem, act_first_is_optimal
 from memsplit.models.mini_batches import MiniBatchProblem
+from memsplit.models.offload_generation import generation_time
 from memsplit.models.offload_profiles import DATASHEET, FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER, OffloadProfile
 from memsplit.models.presets import LLMS, SYSTEMS, llm_named, system_named
 from memsplit.models.units import GB
@@ -69,12 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     resident = CacheRatioProblem.build(system, workload, profile=profile, weights="gpu")
     if not problem.possible:
         raise ValueError(f"{llm.name}, batch {workload.batch}: {problem.explain_infeasible()}")
-    shares = shares_of(problem, points=6 if arguments.quick else 21)
-    methods = methods_of(problem, enumerate_all=not arguments.quick)
-    rules = rules_of(system, workload, profile, measured=arguments.system == MEASURED)
-    packed = mini_batches(system, workload, profile, seed=arguments.seed, requests=min(workload.batch, 16 if arguments.quick else 128))
-    parts = {"share": shares, "method": methods, "generation": rules, "mini_batches": packed}
     ratios = problem.ratios
+    found, interrupted = finished_rows(parts_of(arguments, system, workload, profile, problem))
+    parts = dict(found)
     frame = pd.concat([part.assign(part=name) for name, part in parts.items()], ignore_index=True)
     frame = frame[["part", *(column for column in frame if column != "part")]].assign(
         system=system.name, llm=llm.name, batch=workload.batch, prompt_tokens=workload.context
@@ -83,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     frame["profile"] = frame["profile"].fillna(profile.name) if "profile" in frame else profile.name
     frame = frame.assign(template="fluid", seed=arguments.seed, version=__version__)
     write_csv(arguments.out, frame, provenance={"system": system, "workload": workload, "profile": profile})
+    if interrupted:
+        print(f"Written: {arguments.out}")
+        return INTERRUPTED
+    shares, methods, rules, packed = parts.values()
     show(shares, title=f"{llm.name} on {system.name}, batch {workload.batch}, {workload.context} tokens: one decode step ({profile.name})")
     show(methods.drop(columns=["message"]), title="The best ratio by method")
     show(rules.drop(columns=["fitted_on"]), title=f"A prompt of {workload.context} and {GENERATED} new tokens")
@@ -92,6 +95,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(about_weights(problem, resident))
     print(f"Written: {arguments.out}")
     return 0
+
+
+def parts_of(
+    arguments: argparse.Namespace, system: System, workload: Workload, profile: OffloadProfile, problem: CacheRatioProblem
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The study's four tables by name; Ctrl-C, which ``compare`` answers with the rows it has, ends it after them."""
+
+    def whole(name: str, table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+        yield name, table
+        if table.attrs.get("interrupted"):
+            raise KeyboardInterrupt
+
+    yield "share", shares_of(problem, points=6 if arguments.quick else 21)
+    yield from whole("method", methods_of(problem, enumerate_all=not arguments.quick))
+    yield "generation", rules_of(system, workload, profile, measured=arguments.system == MEASURED)
+    requests = min(workload.batch, 16 if arguments.quick else 128)
+    yield from whole("mini_batches", mini_batches(system, workload, profile, seed=arguments.seed, requests=requests))
 
 
 def about_weights(problem: CacheRatioProblem, resident: CacheRatioProblem) -> str:

@@ -8,13 +8,15 @@ only capacity costs money here.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from memsplit.dse import Objective, OffloadScore, explore, plot_front, positive, show, study_arguments, write_csv
-from memsplit.models import System, Workload
+from memsplit.dse.study import beside
+from memsplit.models import CacheRatioProblem, OffloadMachine, System, Workload
 from memsplit.models.offload_profiles import DATASHEET, HYBRIDSERVE_PAPER
 from memsplit.models.presets import llm_named, system_named
 from memsplit.models.units import GB, TB, TFLOPS
@@ -28,8 +30,10 @@ OBJECTIVES = [Objective("throughput_tok_per_s", "maximize"), Objective("memory_u
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study; the front goes to ``--out``, all designs and a picture beside it."""
     arguments = study_arguments(__doc__ or "", argv, default_out="offload_pareto.csv", extra=_extra)
+    everything, picture = beside(arguments.out, "_all", ".png")
     system, llm = system_named(arguments.system), llm_named(arguments.llm)
     workload = Workload(llm=llm, batch=arguments.batch, context=arguments.context, weight_bits=16, kv_bits=16, activation_bits=16)
+    check_variable(system)
     unpriced = [tier.name for tier in system.tiers[:2] if tier.cost is None or tier.energy is None]
     if unpriced:
         raise ValueError(f"system {system.name!r}: tier {unpriced[0]!r} needs cost and energy to be searched; add both to the data sheet")
@@ -47,22 +51,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     finished, lost = designs.attrs["finished"], designs.attrs["infeasible"]
     if designs.empty:
-        raise ValueError(f"none of {finished} designs holds {llm.name} at context {workload.context}; lower context or batch")
+        largest, served = varied(system, workload, Roomiest())
+        problem = CacheRatioProblem.build(largest, served, profile=score.profile)
+        raise ValueError(
+            f"none of {finished} designs holds {llm.name} at context {workload.context}; of the largest memories and the smallest batch, "
+            f"{served.batch}: {problem.explain_infeasible()}"
+        )
     front = designs[designs["on_front"]].drop_duplicates([name for name in designs.columns[1 : list(designs.columns).index("latency_s")]])
-    everything = arguments.out.with_name(f"{arguments.out.stem}_all{arguments.out.suffix}")
-    picture = arguments.out.with_suffix(".png")
     write_csv(arguments.out, front)
     write_csv(everything, designs)
     plot_front(designs, OBJECTIVES, picture, title=f"{llm.name} offloaded, context {workload.context}")
     hidden = ("trial", "feasible", "on_front", "seed", "version", "assumed", "solver", "profile", "status")
     shown = [name for name in front.columns if name not in hidden and not name.endswith("_blocks")]
     show(front[shown], title=f"Pareto front: {len(front)} of {finished} designs; {lost} cannot hold the LLM", rows=15)
-    gaps = designs["heuristic_gap"].dropna()
-    if len(gaps):
-        print(f"\nHybridServe's rule (a reconstruction) is {gaps.mean():.1%} from the optimum on average, {gaps.max():.1%} at worst.")
+    losses = (designs["heuristic_latency_s"].astype(float) / designs["latency_s"] - 1).dropna()
+    if len(losses):
+        worst = losses.max()
+        print(
+            f"\nHybridServe's rule (a reconstruction) takes {losses.mean():.1%} longer than the optimum, {worst:.1%} at worst."
+        )
     print(f"energy_J_per_tok: memory accesses, without link and compute. Assumed, not sourced: {front['assumed'].iloc[0]}.")
     print(f"Written: {arguments.out} (front), {everything} (all), {picture}; rerun a row: memsplit rerun {arguments.out} --row 0")
     return 130 if designs.attrs["interrupted"] else 0
+
+
+class Roomiest:
+    """A trial in which every memory is as large, and every batch as small, as the search may make them."""
+
+    def suggest_int(self, name: str, low: int, high: int, **_: Any) -> int:
+        """The largest memory, the smallest batch."""
+        return low if name == "batch" else high
+
+    def suggest_float(self, name: str, low: float, high: float, **_: Any) -> float:
+        """The fastest."""
+        return high
+
+
+def check_variable(system: System) -> None:
+    """ValueError if the machine cannot offload, or has a number without limit, around which nothing can be searched."""
+    OffloadMachine.build(system)
+    gpu, host = system.tiers[:2]
+    unit = next(unit for unit in system.units if unit.tier == gpu.name)
+    down = next(link for link in system.links if (link.source, link.target) == (host.name, gpu.name))
+    numbers = {
+        f"capacity of {gpu.name!r}": gpu.capacity,
+        f"bandwidth of {gpu.name!r}": gpu.bandwidth,
+        f"matrix_peak of {unit.name!r}": unit.matrix_peak,
+        f"capacity of {host.name!r}": host.capacity,
+        f"bandwidth of the link {host.name!r} -> {gpu.name!r}": down.bandwidth,
+    }
+    endless = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if endless:
+        raise ValueError(f"system {system.name!r}: the {endless[0]} is infinite, and designs are searched around it; give a finite number")
 
 
 def varied(system: System, workload: Workload, trial: Any) -> tuple[System, Workload]:

@@ -17,10 +17,11 @@ import pandas as pd
 
 from memsplit import __version__
 from memsplit.dse import positive, show, study_arguments, write_csv
+from memsplit.dse.study import INTERRUPTED, finished_rows
 from memsplit.models import System, Workload
-from memsplit.models.cache_ratio import Form, generation_time
 from memsplit.models.offload import OffloadMachine, offload_layers, offload_ratios
 from memsplit.models.offload_baselines import GenerationCost, OffloadBaseline, generation, offload_baselines
+from memsplit.models.offload_generation import Form, generation_time
 from memsplit.models.offload_profiles import DATASHEET, FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER, OffloadProfile
 from memsplit.models.presets import llm_named, system_named
 from memsplit.models.recompute_split import RecomputeSplitProblem, split_generation
@@ -46,18 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile, flexgen = (HYBRIDSERVE_PAPER, FLEXGEN_ON_HYBRIDSERVE) if arguments.system == FITTED else (DATASHEET, DATASHEET)
     names = arguments.llm or list(LLMS[:2] if arguments.quick else LLMS)
     prompts = PROMPTS[::2] if arguments.quick else PROMPTS
-    rows = []
-    for name in names:
-        for prompt in prompts:
-            workload = Workload(llm=llm_named(name), batch=arguments.batch, context=prompt, weight_bits=16, kv_bits=16, activation_bits=16)
-            rows += priced(system, workload, arguments.generated, profile, flexgen)
-    frame = pd.DataFrame(rows)
+    llms = [llm_named(name) for name in names]
+    bits = {"weight_bits": 16, "kv_bits": 16, "activation_bits": 16}
+    # Of one LLM and prompt all methods or none: the last column compares them.
+    parts, interrupted = finished_rows(
+        priced(system, Workload(llm=llm, batch=arguments.batch, context=prompt, **bits), arguments.generated, profile, flexgen)
+        for llm in llms
+        for prompt in prompts
+    )
+    frame = pd.DataFrame([row for part in parts for row in part])
     best = frame[frame["method"] == "best_ratio"].set_index(["llm", "prompt_tokens"])["throughput_tok_per_s"]
     of_best = best.loc[list(zip(frame["llm"], frame["prompt_tokens"], strict=True))].to_numpy()
     frame["best_ratio_over_it"] = of_best / frame["throughput_tok_per_s"]
     frame = frame.assign(seed=arguments.seed, version=__version__)
     settings = {"system": system, "profiles": [profile, flexgen]}
     write_csv(arguments.out, frame, provenance=settings)
+    if interrupted:
+        print(f"Written: {arguments.out}")
+        return INTERRUPTED
     for name, part in frame.groupby("llm", sort=False):
         table = part.pivot_table(index="method", columns="prompt_tokens", values="throughput_tok_per_s", sort=False)
         show(table.reset_index(), title=f"{name!s}, batch {arguments.batch}, {arguments.generated} generated: token/s by prompt length")
@@ -106,15 +113,18 @@ def kvpr(system: System, workload: Workload, generated: int, profile: OffloadPro
     decode = split_generation(problem, generated=generated).best if problem.gpu_fits else math.inf
     whole = generation(system, workload, OffloadBaseline(name="kvpr", rule="in_turn", profile=profile), generated=generated)
     acts = workload.llm.num_hidden_layers * workload.batch * workload.context * problem.layers[0].act_bytes
-    throughput = workload.batch * generated / (whole.prefill + decode)
+    total = whole.prefill + decode
+    throughput = workload.batch * generated / total if total > 0 else math.inf
     return replace(whole, decode=decode, throughput=throughput, host_bytes=whole.host_bytes + acts)
 
 
 def _row(
     system: System, workload: Workload, generated: int, method: str, cost: GenerationCost, profile: OffloadProfile, note: str
 ) -> dict[str, Any]:
-    layer = offload_layers(workload)[0]
-    ratios = offload_ratios(layer, OffloadMachine.build(system, profile), workload.batch * workload.context)
+    layer, machine = offload_layers(workload)[0], OffloadMachine.build(system, profile)
+    # Where sending keys and values takes no time, there is nothing to measure the others by.
+    timed = math.isfinite(machine.to_device)
+    ratios = offload_ratios(layer, machine, workload.batch * workload.context) if timed else None
     return {
         "llm": workload.llm.name,
         "batch": workload.batch,
@@ -126,10 +136,8 @@ def _row(
         "decode_s": cost.decode if cost.fits else None,
         "host_GB": cost.host_bytes / 1e9,
         "fits": cost.fits,
-        "r": ratios.r,
-        "rho": ratios.rho,
-        "w": ratios.w,
-        "c": ratios.c,
+        "r": layer.act_bytes / layer.kv_bytes,
+        **{name: None if ratios is None else getattr(ratios, name) for name in ("rho", "w", "c")},
         "profile": profile.name,
         "fitted_on": profile.fitted_on,
         "note": note,

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from memsplit import __version__
 from memsplit.dse import show, study_arguments, write_csv
 from memsplit.dse.speedup import H2M2_SWEEPS, h2m2_methods, speedups
+from memsplit.dse.study import INTERRUPTED, finished_rows
 from memsplit.models import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3, KernelMappingProblem, Profile
 from memsplit.models.presets import H2M2_SYSTEM
 from memsplit.models.units import MB
@@ -183,17 +184,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the study: print and write one row for every published number and profile."""
     arguments = study_arguments(__doc__ or "", argv, default_out="published.csv")
     numbers = pd.read_csv(PUBLISHED).to_dict("records")
-    rows = [
+    rows, interrupted = finished_rows(
         {**number, "published": number["value"], "ours": np.nan, "profile": "", "fitted_on": ""} | ours
         for number in numbers
         for ours in PAPERS[number["paper"]](number, arguments.quick)
-    ]
+    )
     frame = pd.DataFrame(rows)
     frame["relative_error"] = frame["ours"] / frame["published"] - 1
     frame["verdict"] = [verdict(*pair) for pair in zip(frame["published"], frame["ours"], strict=True)]
     columns = ["paper", "where", "row", "quantity", "unit", "published", "ours", "profile", "relative_error", "verdict", "why", "fitted_on"]
     frame = frame[columns].assign(seed=arguments.seed, version=__version__)
     write_csv(arguments.out, frame)
+    if interrupted:
+        print(f"Written: {arguments.out}")
+        return INTERRUPTED
     seen = ["row", "quantity", "unit", "published", "ours", "profile", "relative_error", "verdict"]
     for (paper, where), part in frame.groupby(["paper", "where"], sort=False):
         show(part[seen], title=f"{paper}, {where}")

@@ -8,9 +8,10 @@ same schedule and at the rates of the data sheet.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pandas as pd
 
 from memsplit import __version__
 from memsplit.dse import plot_lines, positive, show, study_arguments, write_csv
+from memsplit.dse.study import INTERRUPTED, beside, finished_rows
 from memsplit.models import System, Workload
 from memsplit.models.offload_profiles import DATASHEET
 from memsplit.models.presets import LLMS, SYSTEMS, llm_named, system_named
@@ -35,25 +37,29 @@ LINKS = (0.5, 1.0, 2.0, 4.0)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study: one row for each context, batch, GPU, link and schedule."""
     arguments = study_arguments(__doc__ or "", argv, default_out="recompute_split.csv", extra=_options)
+    (picture,) = beside(arguments.out, ".png")
     base, llm = system_named(arguments.system), llm_named(arguments.llm)
     gpus, links = ((1.0,), (1.0, 2.0)) if arguments.quick else (GPUS, LINKS)
     systems = {f"gpu {gpu:g} link {link:g}": (gpu, link, scaled(base, gpu, link)) for gpu in gpus for link in links}
     bits = dict.fromkeys(("weight_bits", "kv_bits", "activation_bits"), arguments.bits)
     workloads = [Workload(llm=llm, batch=batch, context=max(arguments.context), **bits) for batch in arguments.batch]
     contexts = np.array(sorted(arguments.context))
-    rows = [
+    rows, interrupted = finished_rows(
         row | {"gpu_peak_x": gpu, "link_x": link}
         for workload in workloads
         for gpu, link, system in systems.values()
         for template in TEMPLATES
         for row in priced(system, workload, contexts, template, arguments.weights, arguments.batches)
-    ]
+    )
     frame = pd.DataFrame(rows).assign(profile=DATASHEET.name, seed=arguments.seed, version=__version__)
     write_csv(
         arguments.out,
         frame,
         provenance={"workloads": workloads, "systems": {name: one for name, (*_, one) in systems.items()}},
     )
+    if interrupted:
+        print(f"Written: {arguments.out}")
+        return INTERRUPTED
     shown = [
         "context",
         "batch",
@@ -77,19 +83,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if all(len(table) for table in tables):
         table = tables[0].join(tables[1], lsuffix="_share", rsuffix="_gain").reset_index()
         show(table, title=f"Share recomputed and gain by link, context {middle['context']}, batch {middle['batch']}")
-    picture = arguments.out.with_suffix(".png")
-    plot_lines(
-        by_link,
-        picture,
-        x="to_device_GBps",
-        y="gain_over_transfer",
-        by="template",
-        title=f"{llm.name}, context {middle['context']}, batch {middle['batch']}: gain of the best split",
-    )
+    if not frame["fits"].any():
+        print(f"Written: {arguments.out}")
+        print(f"\nNo case fits; of the smallest, {smallest_case(base, workloads, contexts, arguments)}")
+        return 1
+    drawn = bool(np.isfinite(by_link["to_device_GBps"]).all())
+    if drawn:
+        plot_lines(
+            by_link,
+            picture,
+            x="to_device_GBps",
+            y="gain_over_transfer",
+            by="template",
+            title=f"{llm.name}, context {middle['context']}, batch {middle['batch']}: gain of the best split",
+        )
     for line in meaning(frame):
         print(line)
-    print(f"Written: {arguments.out}, {picture}")
+    print(f"Written: {arguments.out}" + (f", {picture}" if drawn else "; no picture, as the link is infinitely fast"))
     return 0
+
+
+def smallest_case(system: System, workloads: Sequence[Workload], contexts: np.ndarray[Any, Any], arguments: argparse.Namespace) -> str:
+    """The smallest batch and context, and why it does not fit."""
+    workload = replace(min(workloads, key=lambda workload: workload.batch), context=int(contexts.min()))
+    problem = RecomputeSplitProblem.build(system, workload, weights=arguments.weights, batches=arguments.batches)
+    return f"batch {workload.batch} and context {workload.context}: {problem.explain_infeasible()}"
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -129,26 +147,37 @@ def priced(
     rows = []
     for place, context in enumerate(contexts.tolist()):
         one = replace(problem, context=context, most=context, workload=replace(workload, context=context))
-        split, ratios = splits[:, place].tolist(), one.ratios[0]
+        split, ratios = splits[:, place].tolist(), ratios_or_none(one)
         rows.append(
             {"llm": workload.llm.name, "system": system.name, "context": context, "batch": workload.batch, "batches": batches}
             | {"weights": weights, "template": template, "chunks": CHUNKS if template == "chunked" else None}
             | {"to_device_GBps": problem.machine.to_device / GB, "peak_TFLOPs": problem.machine.peak / 1e12}
             | {"split": "|".join(map(str, split)), "split_share": split[0] / context, "step_ms": seconds[place] / ms}
             | {"transfer_step_ms": fixed["transfer"][place] / ms, "recompute_step_ms": fixed["recompute"][place] / ms}
-            | {"gain_over_transfer": fixed["transfer"][place] / seconds[place] - 1}
-            | {"gain_over_recompute": fixed["recompute"][place] / seconds[place] - 1}
-            | {"r": ratios.r, "rho": ratios.rho, "w": ratios.w, "c": ratios.c}
+            | {"gain_over_transfer": _gain(fixed["transfer"][place], seconds[place])}
+            | {"gain_over_recompute": _gain(fixed["recompute"][place], seconds[place])}
+            | ratios
             | {"fits": one.evaluate(RecomputeSplitPlan(splits=tuple(split))).fits}
         )
     return rows
 
 
+def ratios_or_none(problem: RecomputeSplitProblem) -> dict[str, float | None]:
+    """r, rho, w and c of the first class of layers; r alone where sending keys and values takes no time."""
+    if not math.isfinite(problem.machine.to_device):
+        layer = problem.layers[0]
+        return {"r": layer.act_bytes / layer.kv_bytes, "rho": None, "w": None, "c": None}
+    return asdict(problem.ratios[0])
+
+
+def _gain(before: float, after: float) -> float:
+    """Throughput gained; none where nothing takes time."""
+    return float(before / after) - 1 if after > 0 else 0.0
+
+
 def meaning(frame: pd.DataFrame) -> list[str]:
     """What the table says, in a few sentences that are computed from it."""
     fitting = frame[frame["fits"]]
-    if fitting.empty:
-        return ["\nNothing fits: stream the weights (--weights host), or take a smaller --batch or --context."]
     mean = fitting.groupby("template")["gain_over_transfer"].mean()
     key = ["context", "batch", "gpu_peak_x", "link_x"]
     steps = fitting.pivot_table(index=key, columns="template", values="step_ms").dropna()
@@ -157,14 +186,15 @@ def meaning(frame: pd.DataFrame) -> list[str]:
         + ", ".join(f"{t} {mean.get(t, 0.0):.1%}" for t in TEMPLATES)
         + "."
     ]
-    if not steps.empty:
+    if not steps.empty and steps["fluid"].min() > 0:
         barrier, left = ((steps[name] / steps["fluid"] - 1).mean() for name in ("staged", "chunked"))
         lines.append(f"Waiting for all activations costs {barrier:.1%} of a fluid step on average; with {CHUNKS} chunks {left:.1%} remain.")
     worst = fitting.nsmallest(1, "gain_over_transfer").iloc[0]
     machine = f"GPU x {worst['gpu_peak_x']:g}, link x {worst['link_x']:g}"
     at = f"context {worst['context']}, batch {worst['batch']}, {machine}, {worst['template']}"
     lines.append(
-        f"It gains least, {worst['gain_over_transfer']:.1%}, at {at}: r {worst['r']:.3g}, rho {worst['rho']:.3g}, c {worst['c']:.3g}."
+        f"It gains least, {worst['gain_over_transfer']:.1%}, at {at}: r {worst['r']:.3g}"
+        + (f", rho {worst['rho']:.3g}, c {worst['c']:.3g}." if pd.notna(worst["rho"]) else ".")
     )
     if (fitting["r"] >= 1).all():
         lines.append("Activations are no smaller than keys and values here (r >= 1): sending them never pays.")

@@ -9,6 +9,7 @@ break-even points, and what to do. What quantised keys and values do to accuracy
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ import pandas as pd
 
 from memsplit import __version__
 from memsplit.dse import positive, show, study_arguments, write_csv
+from memsplit.dse.study import INTERRUPTED, finished_rows
 from memsplit.models import Workload
 from memsplit.models.offload import OffloadLayer, OffloadMachine, OffloadRatios, offload_layers, offload_ratios
 from memsplit.models.offload_profiles import DATASHEET, HYBRIDSERVE_PAPER
@@ -64,18 +66,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile = HYBRIDSERVE_PAPER if arguments.system == "rtx4090_pcie4" else DATASHEET
     machine = OffloadMachine.build(system, profile)
     known = {"system": system.name, "profile": profile.name, "template": "fluid", "seed": arguments.seed, "version": __version__}
-    rows = []
-    for name in QUICK if arguments.quick else LLMS:
-        for act_bits, kv_bits in PRECISIONS:
-            bits = {"weight_bits": arguments.weight_bits, "activation_bits": act_bits, "kv_bits": kv_bits}
-            workload = Workload(llm=LLMS[name], batch=arguments.batch, context=arguments.context, **bits)
-            rows.append(priced(workload, machine) | known)
+    # Of one LLM all precisions or none.
+    parts, interrupted = finished_rows(
+        [priced(workload, machine) | known for workload in workloads_of(name, arguments)] for name in (QUICK if arguments.quick else LLMS)
+    )
+    rows = [row for part in parts for row in part]
     # Whole numbers stay so beside empty cells.
     frame = pd.DataFrame(rows).astype({"pays_from_context_tokens": "Int64", "worth_it_from_context_tokens": "Int64"})
     write_csv(arguments.out, frame, provenance={"system": system, "profile": asdict(profile), "group": GROUP})
-    explain(frame, machine)
+    if not interrupted:
+        explain(frame, machine)
     print(f"Written: {arguments.out}")
-    return 0
+    return INTERRUPTED if interrupted else 0
+
+
+def workloads_of(name: str, arguments: argparse.Namespace) -> list[Workload]:
+    """The workload of an LLM at each pair of precisions."""
+    return [
+        Workload(
+            llm=LLMS[name],
+            batch=arguments.batch,
+            context=arguments.context,
+            weight_bits=arguments.weight_bits,
+            activation_bits=act_bits,
+            kv_bits=kv_bits,
+        )
+        for act_bits, kv_bits in PRECISIONS
+    ]
 
 
 def machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,11 +203,13 @@ def cpu_attention_time(layer: OffloadLayer, machine: OffloadMachine, tokens: flo
 def break_even_link(layer: OffloadLayer, machine: OffloadMachine, tokens: float) -> float | None:
     """B/s of the link from which on recomputing no longer helps against sending all KV; None if it never helps.
 
-    With r < 1 a share of ACT helps while the link is busy longer than the GPU, (weights + KV) / link > t_c: the link at equality.
+    With r < 1 a share of ACT helps while the link is busy longer than the GPU, (weights + KV) / link > t_c: the link at equality,
+    infinite for a GPU that takes no time.
     """
     if layer.act_bytes >= layer.kv_bytes:
         return None
-    return (layer.read_bytes + tokens * layer.kv_bytes) / float(layer.compute_time(machine, tokens))
+    compute = float(layer.compute_time(machine, tokens))
+    return (layer.read_bytes + tokens * layer.kv_bytes) / compute if compute > 0 else math.inf
 
 
 def worth_it_link(layer: OffloadLayer, machine: OffloadMachine, tokens: float) -> float | None:
@@ -201,6 +220,8 @@ def worth_it_link(layer: OffloadLayer, machine: OffloadMachine, tokens: float) -
     least, most = 1.0, break_even_link(layer, machine, tokens)
     if most is None or not saving(layer, replace(machine, to_device=least), tokens) > WORTH:
         return None
+    if math.isinf(most):  # a GPU that takes no time: the saving is the same on every link
+        return most
     while most > least * (1 + 1e-9):
         middle = float(np.sqrt(least * most))
         if saving(layer, replace(machine, to_device=middle), tokens) > WORTH:
@@ -238,7 +259,7 @@ def first_context(layer: OffloadLayer, machine: OffloadMachine, *, least: float)
     """
     if layer.act_bytes >= layer.kv_bytes:
         return None
-    contexts = np.arange(1, LONGEST + 1)
+    contexts = np.arange(1, LONGEST + 1, dtype=np.float64)
     # Equal times that were added in another order differ in their last digits, which is no saving.
     found = np.flatnonzero(saving(layer, machine, layer.batch * contexts) > max(least, 1e-12))
     return int(contexts[found[0]]) if len(found) else None

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from memsplit.models import Workload
-from memsplit.models.cache_ratio import CacheRatioProblem, generation_time
+from memsplit.models.cache_ratio import CacheRatioProblem
 from memsplit.models.offload_baselines import generation, offload_baselines
+from memsplit.models.offload_generation import generation_time
 from memsplit.models.offload_profiles import FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER
 from memsplit.models.presets import LLMS, OPT_30B, SYSTEMS
 from memsplit.models.units import GB

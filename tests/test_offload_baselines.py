@@ -100,7 +100,7 @@ def test_a_host_too_small_is_said_to_be():
 
 
 def test_no_new_token_is_refused():
-    with pytest.raises(ValueError, match="at least one new token"):
+    with pytest.raises(ValueError, match="generated must be a whole number of new tokens"):
         generation(RTX, served(), ALL["kv_only"], generated=0)
 
 

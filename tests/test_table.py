@@ -5,16 +5,19 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memsplit.dse import Objective, check_writable, explore, from_json, read_designs, to_json, write_csv
-from memsplit.dse.table import _types
+import memsplit.dse
+from memsplit import __version__
+from memsplit.dse import Constraint, Objective, check_writable, explore, from_json, read_designs, to_json, write_csv
+from memsplit.dse.table import _types, read_table, table_writer, write_parquet
 from memsplit.models import ComputeUnit, Link, MemoryTier, System
 from memsplit.solvers import Status
 
@@ -268,3 +271,115 @@ def test_damage_to_the_designs_is_found_and_said_in_one_sentence(tmp_path: Path)
         read_designs(path)
     with pytest.raises(ValueError, match=r"cannot read .*u\.json: No such file or directory"):
         read_designs(tmp_path / "u.csv")
+
+
+def parquet():
+    return pytest.importorskip("pyarrow.parquet", reason="pyarrow, of the extra io, is not installed")
+
+
+@settings(max_examples=20)
+@given(st.lists(st.floats(), min_size=1), st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00")))
+def test_both_kinds_of_tables_are_read_back_to_the_last_bit(tmp_path_factory, values, text):
+    """Except that a CSV cannot tell an empty text from a missing one."""
+    parquet()
+    frame = pd.DataFrame({"latency_s": values, "batch": range(len(values)), "fits": [True] * len(values), "note": text or "empty"})
+    for write, name in ((write_csv, "t.csv"), (write_parquet, "t.parquet")):
+        back = read_table(write(tmp_path_factory.mktemp("table") / name, frame))
+        assert back["latency_s"].astype(float).map(repr).tolist() == [repr(value) for value in values], "all infinite or missing included"
+        assert [back[column].dtype.kind for column in ("batch", "fits")] == ["i", "b"]
+        assert back["note"].astype(str).tolist() == [text or "empty"] * len(values) or name == "t.csv"
+        assert list(back.columns) == list(frame.columns)
+
+
+def test_a_parquet_file_has_the_same_json_beside_it(tmp_path: Path):
+    parquet()
+    frame = explored(settings={"system": SYSTEM})
+    write_csv(tmp_path / "t.csv", frame)
+    write_parquet(tmp_path / "u.parquet", frame)
+    assert (tmp_path / "t.json").read_bytes() == (tmp_path / "u.json").read_bytes()
+    one, other = read_table(tmp_path / "t.csv"), read_table(tmp_path / "u.parquet")
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+    assert set(other["design"]) == set(read_designs(tmp_path / "u.parquet")["designs"])
+    before = (tmp_path / "u.parquet").read_bytes()
+    assert write_parquet(tmp_path / "u.parquet", frame).read_bytes() == before
+    assert b"pandas" not in before, "no index and no attributes of the frame"
+
+
+def test_keys_and_texts_stay_texts_when_they_look_like_numbers(tmp_path: Path):
+    """Of the keys, one in three hundred has digits only, and more look like 12e5; they are texts, as is NA."""
+    write_csv(tmp_path / "t.csv", pd.DataFrame({"design": ["012345678901", "1234567890e1"], "note": ["NA", None]}))
+    back = read_table(tmp_path / "t.csv")
+    assert back["design"].tolist() == ["012345678901", "1234567890e1"]
+    assert back["note"].isna().tolist() == [False, True]
+
+
+def test_tables_that_cannot_be_read_are_named_in_one_sentence(tmp_path: Path):
+    parquet()
+    texts = {
+        "twice.csv": "a_s,a_s\n1,2\n",
+        "empty.csv": "",
+        "ragged.csv": "a_s,b\n1,2\n1,2,3\n",
+        "wide.csv": "a_s\n1,2\n3,4\n",
+        "text.parquet": "a_s\n1\n",
+        "empty.parquet": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "bytes.csv").write_bytes(b"a\n\xff\n")
+    (tmp_path / "folder.csv").mkdir()
+    for name in (*texts, "bytes.csv", "folder.csv", "nowhere.csv", "nowhere.parquet"):
+        with pytest.raises(ValueError, match=rf"cannot read .*{name}: ") as refusal:
+            read_table(tmp_path / name)
+        assert "\n" not in str(refusal.value)
+
+
+def test_what_no_parquet_file_holds_is_refused_and_nothing_is_left(tmp_path: Path):
+    parquet()
+    refusals = {
+        "a Parquet file ends in .parquet": ("t.csv", pd.DataFrame({"a": [1]})),
+        "different texts as column names": ("t.parquet", pd.DataFrame([[1, 2]], columns=["a", "a"])),
+        "holds numbers or texts, not both": ("t.parquet", pd.DataFrame({"a": [1, "x"]})),
+    }
+    for sentence, (name, frame) in refusals.items():
+        with pytest.raises(ValueError, match=sentence):
+            write_parquet(tmp_path / name, frame)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_without_pyarrow_parquet_is_refused_and_csv_is_not(tmp_path: Path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    frame = pd.DataFrame({"a": [1]})
+    if name == "t.csv":
+        assert read_table(write_csv(tmp_path / name, frame))["a"].tolist() == [1]
+        return
+    for fails in (lambda: write_parquet(tmp_path / name, frame), lambda: read_table(tmp_path / name)):
+        with pytest.raises(ValueError, match=r'Parquet needs pyarrow; run pip install "memsplit\[io\]", or name a \.csv'):
+            fails()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_a_table_written_in_pieces_is_whole_or_not_there(tmp_path: Path, name):
+    if name == "t.parquet":
+        parquet()
+    frame = pd.DataFrame({"a_s": [0.1, 1 / 3, math.nan], "note": ["x", "y", "z"]})
+    with table_writer(tmp_path / name, {"system": SYSTEM}) as write:
+        write(frame.iloc[:2])
+        write(frame.iloc[2:])
+        assert not (tmp_path / name).exists()
+    pd.testing.assert_frame_equal(read_table(tmp_path / name), frame, check_exact=True)
+    assert read_designs(tmp_path / name) == {"memsplit": __version__, "settings": {"system": SYSTEM}, "designs": {}}
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(ValueError, match="invalid literal"), table_writer(tmp_path / name, {}) as write:
+        write(frame) or write(frame.iloc[: int("no number")])
+    assert (tmp_path / name).read_bytes() == before
+    assert set(os.listdir(tmp_path)) == {name, "t.json"}
+
+
+def test_public_classes_of_dse_are_written_field_by_field():
+    """A swept table's JSON holds its score, objectives and constraints."""
+    for value in (Objective("latency_s", "maximize"), Constraint("power_W", at_most=500)):
+        assert from_json(json.loads(json.dumps(to_json((value,))))) == (value,)
+    public = {cls.__name__ for cls in map(memsplit.dse.__dict__.get, memsplit.dse.__all__) if dataclasses.is_dataclass(cls)}
+    assert {"Objective", "Constraint", "MappingScore"} <= public <= set(_types())
