@@ -3,26 +3,58 @@
 if not __name__.startswith("memsplit."):
     raise ImportError("import memsplit.dse, not dse: two copies of each class would break isinstance and pickles")
 
+from .break_even import BreakEven, Flip, break_even
 from .compare import compare
+from .explain import Bottleneck, Explanation, Lever, MemoryUse, Worth, explain
 from .explore import Constraint, explore
 from .mapping_score import MappingScore
+from .mapping_sweep import MappingSweep
 from .offload_score import OffloadScore
 from .pareto import Objective, hypervolume, non_dominated, pareto
 from .plots import plot_front, plot_lines
-from .rerun import rerun
+from .ratio_sweep import RatioSweep
+from .rerun import explain_row, rerun
+from .samplers import GP, NSGA2, NSGA3, QMC, SAMPLERS, TPE, RandomSearch, Sampler, sampler_named
 from .speedup import H2M2_SWEEPS, Method, h2m2_methods, speedups
+from .split_sweep import SplitSweep
+from .step_sweep import StepSweep
 from .study import positive, served, serving_arguments, show, study_arguments
-from .table import check_writable, from_json, read_designs, to_json, write_csv
+from .sweep import Grid, Sobol, sweep
+from .table import check_writable, from_json, read_designs, read_table, to_json, write_csv, write_parquet
 
 __all__ = [
+    "GP",
     "H2M2_SWEEPS",
+    "NSGA2",
+    "NSGA3",
+    "QMC",
+    "SAMPLERS",
+    "TPE",
+    "Bottleneck",
+    "BreakEven",
     "Constraint",
+    "Explanation",
+    "Flip",
+    "Grid",
+    "Lever",
     "MappingScore",
+    "MappingSweep",
+    "MemoryUse",
     "Method",
     "Objective",
     "OffloadScore",
+    "RandomSearch",
+    "RatioSweep",
+    "Sampler",
+    "Sobol",
+    "SplitSweep",
+    "StepSweep",
+    "Worth",
+    "break_even",
     "check_writable",
     "compare",
+    "explain",
+    "explain_row",
     "explore",
     "from_json",
     "h2m2_methods",
@@ -33,12 +65,16 @@ __all__ = [
     "plot_lines",
     "positive",
     "read_designs",
+    "read_table",
     "rerun",
+    "sampler_named",
     "served",
     "serving_arguments",
     "show",
     "speedups",
     "study_arguments",
+    "sweep",
     "to_json",
     "write_csv",
+    "write_parquet",
 ]

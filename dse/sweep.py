@@ -382,7 +382,7 @@ class _Dask:
     def wait(self, futures: Collection[Any]) -> Collection[Any]:
         from distributed import wait
 
-        return wait(list(futures), return_when="FIRST_COMPLETED").done  # type: ignore[no-any-return, no-untyped-call]
+        return wait(list(futures), return_when="FIRST_COMPLETED").done  # type: ignore[no-untyped-call]
 
     def received(self, number: int, priced: Priced) -> None:
         """Write the file: workers of another machine may not see the folder."""

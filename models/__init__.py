@@ -4,6 +4,7 @@ if not __name__.startswith("memsplit."):
     raise ImportError("import memsplit.models, not models: two copies of each class would break isinstance and pickles")
 
 from .cache_ratio import CacheRatioPlan, CacheRatioProblem, LinearTime, RatioLayer
+from .estimate import STEP_DATASHEET, STEP_FUSED, StepEstimate, StepMachines, StepModel, StepProfile, tensor_parallel
 from .hardware import ComputeUnit, Link, MemoryTier, System
 from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, PlanCost, Split, TransitionCost
 from .kernel_mapping_tables import KernelMappingTables, Kind
@@ -11,6 +12,7 @@ from .llm import LLMConfig, Matrix
 from .mini_batches import MiniBatchPlan, MiniBatchProblem
 from .offload import OffloadCost, OffloadLayer, OffloadMachine, OffloadRatios, offload_layers, offload_ratios
 from .offload_baselines import GenerationCost, OffloadBaseline
+from .offload_batch import CacheRatioBatch, OffloadDesigns, RecomputeSplitBatch
 from .offload_profiles import DATASHEET, FLEXGEN_ON_HYBRIDSERVE, HYBRIDSERVE_PAPER, KVPR_NOMINAL, KVPR_PAPER, OffloadProfile
 from .placement import PlacementPlan, PlacementProblem
 from .placement_t4 import FLEXGEN_T4, FLEXGEN_T4_FAST_DISK, PlacementProfile
@@ -31,7 +33,7 @@ from .price import (
 from .profiles import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3, Profile
 from .recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitGeneration, best_splits, split_generation
 from .systems import Systems
-from .workload import Kernel, Workload, kernels
+from .workload import Kernel, Workload, kernels, step_kernels
 
 __all__ = [
     "ASSUMED_OPERATION",
@@ -45,6 +47,9 @@ __all__ = [
     "KVPR_NOMINAL",
     "KVPR_PAPER",
     "LLAMA2_RHO3",
+    "STEP_DATASHEET",
+    "STEP_FUSED",
+    "CacheRatioBatch",
     "CacheRatioPlan",
     "CacheRatioProblem",
     "ComputeUnit",
@@ -63,6 +68,7 @@ __all__ = [
     "MiniBatchProblem",
     "OffloadBaseline",
     "OffloadCost",
+    "OffloadDesigns",
     "OffloadLayer",
     "OffloadMachine",
     "OffloadProfile",
@@ -74,11 +80,16 @@ __all__ = [
     "PlanCost",
     "Profile",
     "RatioLayer",
+    "RecomputeSplitBatch",
     "RecomputeSplitPlan",
     "RecomputeSplitProblem",
     "Split",
     "SplitGeneration",
     "StepEnergy",
+    "StepEstimate",
+    "StepMachines",
+    "StepModel",
+    "StepProfile",
     "System",
     "SystemArea",
     "SystemCost",
@@ -94,7 +105,9 @@ __all__ = [
     "split_generation",
     "static_power",
     "step_energy",
+    "step_kernels",
     "system_area",
     "system_cost",
+    "tensor_parallel",
     "usd_per_Mtok",
 ]

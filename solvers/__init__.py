@@ -4,12 +4,14 @@ if not __name__.startswith("memsplit."):
     raise ImportError("import memsplit.solvers, not solvers: two copies of each class would break isinstance and pickles")
 
 from .cache_ratio import ActFirstRatio, CpSatRatio, EnumerationRatio, HybridServeRatio, LpRatio, MilpRatio, SingleFormRatio
+from .cache_ratio_batch import RatioSolutions, solve_ratios
 from .kernel_mapping import ConvexMapping, CpSatMapping, MilpMapping, PatternMapping, TableMapping
 from .kernel_mapping_front import FrontPlan, front_of_designs, latency_energy_front
 from .kernel_mapping_heuristics import FlexGenMapping, GreedyMapping, MajorMapping, NaiveMapping, SingleTierMapping, UniformMapping
 from .mini_batches import CpSatBatches, FirstComeBatches, GreedyRatioBatches, MilpBatches
 from .placement import CharnesCooperPlacement, FixedPlacement, FlexGenPlacement, PulpPlacement
 from .recompute_split import ClosedFormSplit, CpSatSplit, EnumerationSplit, FixedShareSplit, MilpSplit
+from .recompute_split_batch import SplitSolutions, solve_splits
 from .result import Solver, SolverResult, Status
 
 __all__ = [
@@ -41,13 +43,17 @@ __all__ = [
     "NaiveMapping",
     "PatternMapping",
     "PulpPlacement",
+    "RatioSolutions",
     "SingleFormRatio",
     "SingleTierMapping",
     "Solver",
     "SolverResult",
+    "SplitSolutions",
     "Status",
     "TableMapping",
     "UniformMapping",
     "front_of_designs",
     "latency_energy_front",
+    "solve_ratios",
+    "solve_splits",
 ]

@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(shares, title=f"{llm.name} on {system.name}, batch {workload.batch}, {workload.context} tokens: one decode step ({profile.name})")
     show(methods.drop(columns=["message"]), title="The best ratio by method")
     show(rules.drop(columns=["fitted_on"]), title=f"A prompt of {workload.context} and {GENERATED} new tokens")
-    show(packed.drop(columns=["message"]), title="Mini-batches of unequal requests")
+    if len(packed):
+        show(packed.drop(columns=["message"]), title="Mini-batches of unequal requests")
     for line in meaning(problem, shares, methods, packed):
         print(line)
     print(about_weights(problem, resident))
@@ -208,6 +209,8 @@ def mini_batches(system: System, workload: Workload, profile: OffloadProfile, *,
         "greedy_ratio": GreedyRatioBatches(),
         "first_come": FirstComeBatches(),
     }
+    if not problems:  # no plan holds requests of such lengths
+        return pd.DataFrame()
     table = compare(problems, solvers, reference="cpsat", progress=False)
     return table.rename(columns={"solver": "method", "problem": "lengths"}).assign(requests=requests)
 
