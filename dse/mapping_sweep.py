@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.design_table import DesignTable
 from ..models.hardware import System
 from ..models.kernel_mapping import computed_flops, step_flops, streamed_bytes
 from ..models.kernel_mapping_tables import Granularity, KernelMappingTables
 from ..models.price import step_energy, system_cost
 from ..models.profiles import FIRST_PRINCIPLES, Profile
-from ..models.systems import Systems, column_place
+from ..models.systems import Systems
 from ..models.units import GB
 from ..models.workload import Workload
 from ..solvers.kernel_mapping import TableMapping
-
-WORKLOAD_COLUMNS = {"batch": 1, "context": 0}
-"""Columns beside those of a System, whole numbers, and the least that each may be."""
 
 CHUNK = 512
 """Designs whose tables are held at once: some 5 kB each for 96 slices, which together stay in the cache of a core."""
@@ -59,47 +57,21 @@ class MappingSweep:
 
     def __call__(self, columns: Mapping[str, Any]) -> Columns:
         """Result columns [D] of design columns [D]; ValueError names the column, the row and the rule of a number that cannot be."""
-        designs = _designs(columns)
-        whole = {name: _whole(name, columns[name]) for name in WORKLOAD_COLUMNS if name in columns}
-        numbers = {name: column for name, column in columns.items() if name not in WORKLOAD_COLUMNS}
-        if not designs:  # names and units are checked, and there is nothing to price
-            for name in numbers:
-                column_place(self.system, name)
+        table = DesignTable.from_columns(self.system, self.workload, columns)
+        if not len(table):  # columns are checked, and there is nothing to price
             return {name: column[:0] for name, column in self({}).items()}
-        systems = Systems.from_columns(self.system, numbers)
-        if len(systems) != designs:
-            systems = Systems(base=self.system, columns={}, designs=designs)
-        solver = TableMapping().for_batch(designs)
+        solver = TableMapping().for_batch(len(table))
         found: Columns = {}
-        for workload, rows in self._workloads(whole, designs):
+        for workload, rows in table.workloads():
             for first in range(0, len(rows), CHUNK):
                 some = rows[first : first + CHUNK]
-                for name, column in self._priced(systems.some(some), workload, solver).items():
-                    found.setdefault(name, np.empty(designs, dtype=column.dtype))[some] = column
+                for name, column in self._priced(table.systems.some(some), workload, solver).items():
+                    found.setdefault(name, np.empty(len(table), dtype=column.dtype))[some] = column
         return found
 
     def design(self, row: Mapping[str, Any]) -> tuple[System, Workload]:
         """The machine and the workload of a row; columns that are no design columns are passed over."""
-        numbers = {name: [value] for name, value in row.items() if self._is_number(name)}
-        system = Systems.from_columns(self.system, numbers)[0] if numbers else self.system
-        whole: dict[str, Any] = {name: int(_whole(name, [row[name]])[0]) for name in WORKLOAD_COLUMNS if name in row}
-        return system, replace(self.workload, **whole)
-
-    def _workloads(self, whole: Columns, designs: int) -> Iterator[tuple[Workload, NDArray[np.int64]]]:
-        """Each distinct workload and the rows that have it."""
-        if not whole:
-            yield self.workload, np.arange(designs)
-            return
-        values = np.stack(list(whole.values()), axis=1)
-        if self.workload.phase == "prefill" and "context" in whole and whole["context"].min() < 1:
-            row = int(np.argmin(whole["context"]))
-            raise ValueError(f"context is 0 in row {row}, and a prefill needs a token; give at least 1, or decode")
-        distinct, which = np.unique(values, axis=0, return_inverse=True)
-        order = np.argsort(which.ravel(), kind="stable")
-        ends = np.searchsorted(which.ravel()[order], np.arange(len(distinct) + 1))
-        for i, pair in enumerate(distinct):
-            changes: dict[str, Any] = dict(zip(whole, map(int, pair), strict=True))
-            yield replace(self.workload, **changes), order[ends[i] : ends[i + 1]]
+        return DesignTable.from_row(self.system, self.workload, row)[0]
 
     def _priced(self, systems: Systems, workload: Workload, solver: TableMapping) -> Columns:
         """Result columns of one workload."""
@@ -143,14 +115,6 @@ class MappingSweep:
             found["energy_without"] = np.full(len(fits), without, dtype=object)
         return {**found, "feasible": fits, "reason": _reasons(tables, workload, fits)}
 
-    def _is_number(self, name: str) -> bool:
-        """Whether a column is a number of ``system``."""
-        try:
-            column_place(self.system, name)
-        except ValueError:
-            return False
-        return True
-
 
 def _reasons(tables: KernelMappingTables, workload: Workload, fits: NDArray[np.bool_]) -> NDArray[Any]:
     """Why nothing fits [D], "" where something does, by the rule of ``KernelMappingProblem.explain_infeasible``."""
@@ -167,29 +131,3 @@ def _reasons(tables: KernelMappingTables, workload: Workload, fits: NDArray[np.b
     reason[short[room < workload.weight_bytes]] = f"the weights alone exceed {both}"
     reason[short[need <= room]] = f"would fit into {both}, but not slice by slice in whole pages"
     return reason
-
-
-def _designs(columns: Mapping[str, Any]) -> int:
-    """How many designs a table has; without a column it is one."""
-    lengths = {name: len(column) for name, column in columns.items()}
-    for name, length in lengths.items():
-        first = next(iter(lengths))
-        if length != lengths[first]:
-            raise ValueError(f"column {name!r} has {length} rows and column {first!r} {lengths[first]}; give every design every column")
-    return max(lengths.values(), default=1)
-
-
-def _whole(name: str, column: Any) -> NDArray[np.int64]:
-    """A column of ``WORKLOAD_COLUMNS``, all of them whole."""
-    least = WORKLOAD_COLUMNS[name]
-    try:
-        values = np.asarray(column, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"column {name!r} must hold whole numbers of at least {least}, without a unit; correct it") from None
-    good = (values >= least) & (values <= 2**31) & (values == np.floor(values))
-    if not good.all():
-        row = int(np.flatnonzero(~good)[0])
-        raise ValueError(
-            f"column {name!r} must hold whole numbers from {least} to 2**31, not {values[row].item()!r} as in row {row}; correct it"
-        )
-    return values.astype(np.int64)

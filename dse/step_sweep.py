@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.design_table import DesignTable
 from ..models.estimate import STEP_DATASHEET, StepMachines, StepModel, StepProfile, holding_tier, tensor_parallel
 from ..models.hardware import System
-from ..models.systems import Systems, column_place
 from ..models.units import GB
 from ..models.workload import Workload
 
-WORKLOAD_COLUMNS = {"batch": 1, "context": 0, "devices": 1}
-"""Columns beside those of a System, whole numbers, and the least that each may be."""
+MORE_COLUMNS = {"devices": 1}
+"""Columns beside those of every table of designs, whole numbers, and the least that each may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,19 +49,11 @@ class StepSweep:
 
     def __call__(self, columns: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Result columns [D] of design columns [D]; ValueError names the column, the row and the rule of a number that cannot be."""
-        designs = _designs(columns)
-        whole = {name: _whole(name, columns[name]) for name in WORKLOAD_COLUMNS if name in columns}
-        batch = whole.get("batch", np.array([float(self.workload.batch)]))
-        context = whole.get("context", np.array([float(self.workload.context)]))
-        if self.workload.phase == "prefill" and len(context) and context.min() < 1:
-            raise ValueError(f"context is 0 in row {int(np.argmin(context))}, and a prefill needs a token; give at least 1, or decode")
-        numbers = {name: column for name, column in columns.items() if name not in WORKLOAD_COLUMNS}
-        if not designs:  # names and units are checked, and there is nothing to price
-            for name in numbers:
-                column_place(self.system, name)
+        table = DesignTable.from_columns(self.system, self.workload, columns, more=MORE_COLUMNS)
+        if not len(table):  # columns are checked, and there is nothing to price
             return {name: column[:0] for name, column in self({}).items()}
-        systems = Systems.from_columns(self.system, numbers)
-        machines = StepMachines.build(systems, tier=self.tier, devices=whole.get("devices", 1))
+        batch, context = (table.count(name, getattr(self.workload, name)).astype(np.float64) for name in ("batch", "context"))
+        machines = StepMachines.build(table.systems, tier=self.tier, devices=table.count("devices", 1))
         step = self._model.estimate(machines, batch, context)
         lacking = ~step.fits
         short = bool(lacking.any())
@@ -94,43 +86,6 @@ class StepSweep:
 
     def design(self, row: Mapping[str, Any]) -> tuple[System, Workload]:
         """The machine (several ``devices`` as one) and the workload of a row; columns that are no design columns are passed over."""
-        numbers = {name: [value] for name, value in row.items() if self._is_number(name)}
-        system = Systems.from_columns(self.system, numbers)[0] if numbers else self.system
-        whole = {name: int(_whole(name, [row[name]])[0]) for name in WORKLOAD_COLUMNS if name in row}
-        served = self.workload
-        served = replace(served, batch=whole.get("batch", served.batch), context=whole.get("context", served.context))
-        return tensor_parallel(system, whole.get("devices", 1)), served
-
-    def _is_number(self, name: str) -> bool:
-        """Whether a column is a number of ``system``."""
-        try:
-            column_place(self.system, name)
-        except ValueError:
-            return False
-        return True
-
-
-def _designs(columns: Mapping[str, Any]) -> int:
-    """How many designs a table has; without a column it is one."""
-    lengths = {name: len(column) for name, column in columns.items()}
-    for name, length in lengths.items():
-        first = next(iter(lengths))
-        if length != lengths[first]:
-            raise ValueError(f"column {name!r} has {length} rows and column {first!r} {lengths[first]}; give every design every column")
-    return max(lengths.values(), default=1)
-
-
-def _whole(name: str, column: Any) -> NDArray[np.float64]:
-    """A column of ``WORKLOAD_COLUMNS`` as floats, all of them whole."""
-    least = WORKLOAD_COLUMNS[name]
-    try:
-        values = np.asarray(column, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"column {name!r} must hold whole numbers of at least {least}, without a unit; correct it") from None
-    good = (values >= least) & (values <= 2**31) & (values == np.floor(values))
-    if not good.all():
-        row = int(np.flatnonzero(~good)[0])
-        raise ValueError(
-            f"column {name!r} must hold whole numbers from {least} to 2**31, not {values[row].item()!r} as in row {row}; correct it"
-        )
-    return values
+        table = DesignTable.from_row(self.system, self.workload, row, more=MORE_COLUMNS)
+        system, served = table[0]
+        return tensor_parallel(system, int(table.count("devices", 1)[0])), served

@@ -18,22 +18,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from .cache_ratio import BLOCK, CacheRatioProblem, LinearTime, RatioLayer
 from .checks import whole
+from .design_table import MOST, WORKLOAD_COLUMNS, DesignTable
 from .hardware import System
 from .offload import STAGED_REQUESTS, OffloadLayer, OffloadMachine, WeightsOn, embedding_bytes, held_beside_state, offload_layers
 from .offload_profiles import DATASHEET, OffloadProfile
 from .recompute_split import RecomputeSplitProblem, SplitTemplate
 from .roofline import Array
-from .systems import Systems, column_place
+from .systems import Systems
 from .workload import Workload
 
 Values = Any
 """A number that all designs share, or an array [D]."""
-
-WORKLOAD_COLUMNS = {"batch": 1, "context": 0}
-"""Columns of a table of designs that are no numbers of a System, and the least that each may be."""
-
-MOST_VALUE = 2**31
-"""Batches and contexts are below it: their products are then exact, and no server comes near."""
 
 MOST_TOKENS = 2**53
 """Tokens of state of a design are below it: a double counts them exactly."""
@@ -58,11 +53,9 @@ class OffloadDesigns:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batches", whole("offloading", "batches", self.batches, "GPU batches"))
-        for name, least in WORKLOAD_COLUMNS.items():
-            column = _whole_column(name, getattr(self, name), least)
-            if column.shape != (len(self.systems),):
-                raise ValueError(f"column {name!r} has {column.size} rows, and there are {len(self.systems)} machines; give one for each")
-            object.__setattr__(self, name, column)
+        for name in WORKLOAD_COLUMNS:
+            if getattr(self, name).shape != (len(self.systems),):
+                raise ValueError(f"column {name!r} must have a row for each of {len(self.systems)} machines; give one for each")
         tokens = self.batches * np.max(self.batch * self.context.astype(np.float64), initial=0.0)
         if tokens >= MOST_TOKENS:
             raise ValueError(
@@ -80,31 +73,17 @@ class OffloadDesigns:
         batches: int = 1,
     ) -> OffloadDesigns:
         """A table of designs: ``batch``, ``context``, and columns of ``Systems`` that vary ``system``. ValueError names a wrong column."""
-        lengths = {name: len(np.atleast_1d(np.asarray(column))) for name, column in columns.items()}
-        number = next(iter(lengths.values()), 1)
-        for name, length in lengths.items():
-            if length != number:
-                raise ValueError(f"column {name!r} has {length} rows, and {next(iter(lengths))!r} has {number}; give all the same")
-        machines = {name: column for name, column in columns.items() if name not in WORKLOAD_COLUMNS}
-        if machines and number:
-            systems = Systems.from_columns(system, machines)
-        else:
-            for name in machines:  # are checked, also where no row follows
-                column_place(system, name)
-            systems = Systems(base=system, columns={}, designs=number)
-        return cls(
-            systems=systems,
-            workload=workload,
-            batch=np.asarray(columns.get("batch", np.full(number, workload.batch))),
-            context=np.asarray(columns.get("context", np.full(number, workload.context))),
-            profile=profile,
-            batches=batches,
-        )
+        return cls._of(DesignTable.from_columns(system, workload, columns), profile=profile, batches=batches)
 
     @classmethod
     def from_row(cls, system: System, workload: Workload, row: Mapping[str, Any]) -> OffloadDesigns:
         """The one design of a table's row, in which columns that say no number of ``system``, batch or context are passed over."""
-        return cls.from_columns(system, workload, {name: [value] for name, value in row.items() if _says_design(system, name)})
+        return cls._of(DesignTable.from_row(system, workload, row), profile=DATASHEET, batches=1)
+
+    @classmethod
+    def _of(cls, table: DesignTable, *, profile: OffloadProfile, batches: int) -> OffloadDesigns:
+        columns = {name: np.broadcast_to(table.count(name, getattr(table.workload, name)), len(table)) for name in WORKLOAD_COLUMNS}
+        return cls(systems=table.systems, workload=table.workload, profile=profile, batches=batches, **columns)
 
     def __len__(self) -> int:
         return len(self.systems)
@@ -191,7 +170,7 @@ class RecomputeSplitBatch:
             weights=weights,
             batches=designs.batches,
         )
-        limit = MOST_VALUE if most is None else whole("recompute split", "most", most, "tokens", least=0)
+        limit = MOST if most is None else whole("recompute split", "most", most, "tokens", least=0)
         return cls(
             designs=len(designs),
             layers=designs.layers,
@@ -419,16 +398,6 @@ class CacheRatioBatch:
         }
 
 
-def _says_design(system: System, name: str) -> bool:
-    if name in WORKLOAD_COLUMNS:
-        return True
-    try:
-        column_place(system, name)
-    except ValueError:
-        return False
-    return True
-
-
 @lru_cache(maxsize=4096)
 def _layers(workload: Workload, batches: int) -> tuple[OffloadLayer, ...]:
     return offload_layers(workload, batches)
@@ -483,17 +452,3 @@ def _whole_bytes(values: ArrayLike) -> Any:
     """Whole numbers of bytes as int64, those that no memory has cut off; a plain number stays one."""
     capped = np.minimum(values, float(MOST_BYTES))
     return capped.astype(np.int64) if capped.ndim else math.floor(capped)
-
-
-def _whole_column(name: str, values: ArrayLike, least: int) -> NDArray[np.int64]:
-    try:
-        numbers = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"column {name!r} must hold whole numbers from {least}, and holds something else; correct it") from None
-    good = (numbers >= least) & (numbers < MOST_VALUE) & (numbers == np.floor(numbers))
-    if not good.all():
-        row = int(np.flatnonzero(~good)[0])
-        raise ValueError(
-            f"column {name!r} must hold whole numbers from {least} and below 2**31, not {numbers.flat[row]!r} as in row {row}; correct it"
-        )
-    return numbers.astype(np.int64)

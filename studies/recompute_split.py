@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         by_link.pivot_table(index="to_device_GBps", columns="template", values=column) for column in ("split_share", "gain_over_transfer")
     ]
     if all(len(table) for table in tables):
-        table = tables[0].join(tables[1], lsuffix="_share", rsuffix="_gain").reset_index()
+        table = tables[0].add_suffix("_share").join(tables[1].add_suffix("_gain")).reset_index()
         show(table, title=f"Share recomputed and gain by link, context {middle['context']}, batch {middle['batch']}")
     if not frame["fits"].any():
         print(f"Written: {arguments.out}")

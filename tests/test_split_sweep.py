@@ -277,9 +277,9 @@ def test_sweep_prices_it_in_chunks():
         ({f"{HOST}_capacity": [1.0]}, "has no unit"),
         ({"hosts_capacity_GB": [1.0]}, "is no number of system"),
         ({LINK: [1.0, 0.0]}, "row 1"),
-        ({"batch": [2.5]}, "whole numbers from 1"),
+        ({"batch": [2.5]}, "whole numbers of at least 1"),
         ({"context": [-1]}, "row 0"),
-        ({"batch": [1, 2], "context": [1]}, "give all the same"),
+        ({"batch": [1, 2], "context": [1]}, "give every design every column"),
     ],
 )
 def test_wrong_columns_are_named(columns, words: str):
