@@ -28,7 +28,8 @@ class StepSweep:
     ``tier``, which may be left out where there is one only.
 
     Columns out: latency_s; throughput_tok_per_s (of decoded tokens, or of the prompt's); bound_s, the physical bound of the data sheet;
-    kv_GB; energy_J_per_tok of memory accesses and memory_usd of all tiers (left out where a tier has no energy or cost); headroom_GB;
+    kv_GB; energy_J_per_tok of accesses, FLOPs and static power, with ``energy_without``, the terms whose constants are unknown (left out
+    where the memory has no energy); memory_usd of all tiers (left out where one has no cost); headroom_GB;
     ``feasible`` and ``reason``. Where the tier is too small, only kv_GB and headroom_GB (below 0: so much is lacking) are numbers.
     """
 
@@ -73,15 +74,14 @@ class StepSweep:
         }
         if step.energy is not None:
             found["energy_J_per_tok"] = known(step.energy / step.tokens)
+            found["energy_without"] = np.broadcast_to(np.array("; ".join(machines.without), dtype=object), lacking.shape)
         if step.memory_cost is not None:
             found["memory_usd"] = known(step.memory_cost)
         found["headroom_GB"] = step.headroom / GB
-        reason = np.full(len(lacking), "", dtype=object)
-        if short:
-            reason[lacking] = f"weights, state and activations exceed {machines.tier}"
-            reason[np.broadcast_to(machines.capacity < self._model.held_weights, reason.shape)] = (
-                f"the weights alone exceed {machines.tier}"
-            )
+        alone = machines.capacity < self._model.held_weights
+        tier = machines.tier
+        why = np.array(["", f"weights, state and activations exceed {tier}", f"the weights alone exceed {tier}"], dtype=object)
+        reason = why[lacking.astype(np.int8) + alone] if short else np.broadcast_to(why[:1], lacking.shape)
         return {**found, "feasible": step.fits, "reason": reason}
 
     def design(self, row: Mapping[str, Any]) -> tuple[System, Workload]:

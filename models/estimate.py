@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from .checks import check_name, check_number, whole
 from .hardware import System
 from .llm import LLMConfig
+from .price import flop_energy, static_power
 from .roofline import Array, matrix_peak
 from .systems import Place, Systems, as_systems
 from .workload import Kernel, Phase, Workload, step_kernels, touched_share
@@ -106,7 +107,9 @@ class StepMachines:
     """What a step asks of D machines: arrays [D], or [1] where all are equal; SI units.
 
     ``capacity``, ``bandwidth`` and ``energy`` [J/B] of the tier that holds everything; ``matrix`` and ``vector`` peaks of the units on it,
-    added up; ``memory_cost`` [USD] of all tiers. None: unknown. ``floors``: peak and tile (1: no floor) of each unit, if one has a tile.
+    added up; ``flop_energy`` [J/FLOP] of those units; ``static_power`` [W] of the whole machine; ``memory_cost`` [USD] of all tiers. None:
+    unknown. ``without``: constants of energy that are unknown and left out (``price.step_energy``). ``floors``: peak and tile (1: no floor)
+    of each unit, if one has a tile.
     """
 
     designs: int
@@ -114,6 +117,9 @@ class StepMachines:
     capacity: Array
     bandwidth: Array
     energy: Array | None
+    flop_energy: Array | None
+    static_power: Array | None
+    without: tuple[str, ...]
     memory_cost: Array | None
     matrix: Array
     vector: Array
@@ -144,12 +150,17 @@ class StepMachines:
         floors = tuple((peak, np.where(np.isnan(tile), 1.0, tile)) for peak, tile in zip(peaks, tiles, strict=True))
         capacity = {each: column("tiers", each, "capacity") for each in systems.base.tier_names}
         costs = [capacity[each] * column("tiers", each, "cost", adds_up=False) for each in capacity]
+        joules = _known(flop_energy(systems)[..., systems.base.tier_names.index(name)])
+        watts, no_watts = static_power(systems)
         return cls(
             designs=max(len(systems), len(number)),
             tier=name,
             capacity=capacity[name],
             bandwidth=column("tiers", name, "bandwidth"),
             energy=_known(column("tiers", name, "energy", adds_up=False)),
+            flop_energy=joules,
+            static_power=watts * number if watts.any() else None,
+            without=(*(() if joules is not None else (f"{', '.join(units)} energy",)), *no_watts),
             memory_cost=_known(_added(costs)),
             matrix=_added(peaks),
             vector=_added([column("units", unit, "vector_peak") for unit in units]),
@@ -168,6 +179,9 @@ class StepMachines:
             capacity=cut(self.capacity),
             bandwidth=cut(self.bandwidth),
             energy=None if self.energy is None else cut(self.energy),
+            flop_energy=None if self.flop_energy is None else cut(self.flop_energy),
+            static_power=None if self.static_power is None else cut(self.static_power),
+            without=self.without,
             memory_cost=None if self.memory_cost is None else cut(self.memory_cost),
             matrix=cut(self.matrix),
             vector=cut(self.vector),
@@ -195,8 +209,9 @@ def holding_tier(system: System, tier: str | None) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepEstimate:
     """A step of D designs, arrays [D]: ``latency`` and ``bound`` [s], ``traffic`` [B] of the memory, ``state`` [B] (keys and values),
-    ``headroom`` [B] beside weights, state and activations (below 0: so much is lacking), ``fits``, ``energy`` [J] of the memory's
-    accesses and ``memory_cost`` [USD] (None: unknown), ``tokens`` that leave the step (decode) or enter it (prefill)."""
+    ``headroom`` [B] beside weights, state and activations (below 0: so much is lacking), ``fits``, ``energy`` [J] of accesses, FLOPs and
+    static power as far as known (None: not even of accesses), ``memory_cost`` [USD] (None: unknown), ``tokens`` that leave the step
+    (decode) or enter it (prefill)."""
 
     latency: Array
     bound: Array
@@ -385,7 +400,11 @@ class StepModel:
         np.greater_equal(headroom, 0.0, out=result.fits[rows])
         result.tokens[rows] = tokens
         if result.energy is not None and machines.energy is not None:
-            np.multiply(traffic, machines.energy, out=result.energy[rows])
+            energy = np.multiply(traffic, machines.energy, out=result.energy[rows])
+            if machines.flop_energy is not None:
+                np.add(energy, (products + attention) * machines.flop_energy, out=energy)
+            if machines.static_power is not None:
+                np.add(energy, latency * machines.static_power, out=energy)
         if result.memory_cost is not None and machines.memory_cost is not None:
             result.memory_cost[rows] = machines.memory_cost
 

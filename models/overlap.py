@@ -165,8 +165,8 @@ def chunked_lines(
     batches: ArrayLike = 1,
 ) -> tuple[Array, Array]:
     """``chunked`` as the maximum of L lines in the share: constants [L, ...] and slopes [L, ...], both in seconds."""
-    kv, act, recompute, n, weights, compute, batches = _arrays(kv, act, recompute, chunks, weights, compute, batches)
-    later = [(kv, act - kv), (np.float64(0), act + recompute / n), (np.float64(0), act / n + recompute)]
+    kv, act, recompute, n, weights, compute, batches, zero = _arrays(kv, act, recompute, chunks, weights, compute, batches, 0.0)
+    later: list[tuple[Array, Array]] = [(kv, act - kv), (zero, act + recompute / n), (zero, act / n + recompute)]
     if first is None:  # the first batch is like the later ones: a maximum of sums would only repeat lines
         lines = [(weights + batches * constant, batches * slope) for constant, slope in later]
     else:

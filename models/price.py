@@ -145,7 +145,7 @@ def step_energy(
     no_compute: tuple[str, ...] = ("compute",)
     no_links: tuple[str, ...] = ("links",) if base.links else ()
     if flops is not None:
-        compute, no_compute = _weighted(_flop_energy(system), flops, [_unit_names(base, tier.name) + " energy" for tier in base.tiers])
+        compute, no_compute = _weighted(flop_energy(system), flops, [_unit_names(base, tier.name) + " energy" for tier in base.tiers])
     if link_bytes is not None:
         links, no_links = _weighted(_values(system, "links", "energy"), link_bytes, [f"{_label(link)} energy" for link in base.links])
     watts, no_watts = static_power(system)
@@ -267,7 +267,7 @@ def _values(system: System | Systems, part: str, field: str) -> Array:
     return np.array([np.nan if (value := getattr(item, field)) is None else value for item in getattr(system, part)], dtype=np.float64)
 
 
-def _flop_energy(system: System | Systems) -> Array:
+def flop_energy(system: System | Systems) -> Array:
     """J/FLOP of the units on each tier together, [..., T]; NaN without a unit, or where one's energy is unknown."""
     base = system.base if isinstance(system, Systems) else system
     energy, peak = _values(system, "units", "energy"), _values(system, "units", "matrix_peak")

@@ -321,6 +321,8 @@ def best_splits(
     ``contexts`` and ``most`` (tokens, broadcast) replace the problem's; ``most`` then is all of a context unless given. What the
     memories hold is not looked at: that is for the solvers.
     """
+    tokens: Any
+    limit: Any
     if contexts is None and most is None:
         tokens, limit = np.float64(problem.context), np.float64(problem.most)
     else:

@@ -108,12 +108,8 @@ class Systems:
             if place in found:
                 raise ValueError(f"column {name!r} says again what another column says; leave one of them out")
             zero = place.field in _MAY_BE_ZERO
-            good = np.isfinite(values) & ((values >= 0) if zero else (values > 0))
-            if place.field in _WHOLE:
-                good &= values * factor == np.floor(values * factor)
-            if place.field == "efficiency":
-                good &= values <= 1
-            if not good.all():
+            if not _all_good(values, place.field, factor, zero):
+                good = np.array([_all_good(value, place.field, factor, zero) for value in values[:, None]])
                 row = int(np.flatnonzero(~good)[0])
                 rule = "at least 0" if zero else {"efficiency": "above 0 and at most 1"}.get(place.field, "above 0")
                 rule = f"{rule}, whole" if place.field in _WHOLE else rule
@@ -190,6 +186,17 @@ def _column_units(dimension: str) -> dict[str, float]:
     if not dimension:
         return {"": 1.0}
     return {unit.replace("/s", "ps").replace("/", "_per_"): factor for unit, factor in UNITS[dimension].items()}
+
+
+def _all_good(values: Array, field: str, factor: float, zero: bool) -> bool:
+    """Whether a machine can have these numbers; one look at the least and the largest, which a NaN becomes, takes a fifth of a mask."""
+    least, most = values.min(initial=np.inf), values.max(initial=0.0)
+    rates = (least >= 0 if zero else least > 0) and most < np.inf
+    return bool(
+        rates
+        and (field not in _WHOLE or np.array_equal(values * factor, np.floor(values * factor)))
+        and (field != "efficiency" or most <= 1)
+    )
 
 
 def _name(item: Any) -> str:

@@ -69,8 +69,9 @@ def relaxation(program: Program, time_limit: float | None = None) -> ProgramAnsw
     if len(program.total):
         arguments |= {"A_eq": program.equal, "b_eq": program.total}
     bounds = [(0.0, None if math.isinf(upper) else float(upper)) for upper in program.upper]
-    options = {} if time_limit is None else {"time_limit": time_limit}
-    answer = linprog(program.cost, bounds=bounds, method="highs", options=options, **arguments)
+    if time_limit is not None:
+        arguments["options"] = {"time_limit": time_limit}
+    answer = linprog(program.cost, bounds=bounds, method="highs", **arguments)
     if answer.status == 2:
         return ProgramAnswer(infeasible=True)
     if answer.status != 0:
@@ -83,6 +84,7 @@ def relaxation(program: Program, time_limit: float | None = None) -> ProgramAnsw
         price = np.asarray(answer.eqlin.marginals, dtype=np.float64)
         reduced, dual = reduced - price @ program.equal, dual + float(price @ program.total)
     # A reduced cost that is slightly negative on an unbounded variable is rounding: it is charged at the variable's value.
-    reach = np.where(np.isfinite(program.upper), program.upper, np.maximum(answer.x, 0.0) * 2 + 1)
+    x = np.asarray(answer.x, dtype=np.float64)
+    reach = np.where(np.isfinite(program.upper), program.upper, np.maximum(x, 0.0) * 2 + 1)
     dual += float(np.minimum(reduced, 0.0) @ reach)
-    return ProgramAnswer(values=np.asarray(answer.x, dtype=np.float64), bound=dual)
+    return ProgramAnswer(values=x, bound=dual)

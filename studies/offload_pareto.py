@@ -67,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses = (designs["heuristic_latency_s"].astype(float) / designs["latency_s"] - 1).dropna()
     if len(losses):
         worst = losses.max()
-        print(
-            f"\nHybridServe's rule (a reconstruction) takes {losses.mean():.1%} longer than the optimum, {worst:.1%} at worst."
-        )
+        print(f"\nHybridServe's rule (a reconstruction) takes {losses.mean():.1%} longer than the optimum, {worst:.1%} at worst.")
     print(f"energy_J_per_tok: memory accesses, without link and compute. Assumed, not sourced: {front['assumed'].iloc[0]}.")
     print(f"Written: {arguments.out} (front), {everything} (all), {picture}; rerun a row: memsplit rerun {arguments.out} --row 0")
     return 130 if designs.attrs["interrupted"] else 0

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = arguments.llm or list(LLMS[:2] if arguments.quick else LLMS)
     prompts = PROMPTS[::2] if arguments.quick else PROMPTS
     llms = [llm_named(name) for name in names]
-    bits = {"weight_bits": 16, "kv_bits": 16, "activation_bits": 16}
+    bits: dict[str, Any] = {"weight_bits": 16, "kv_bits": 16, "activation_bits": 16}
     # Of one LLM and prompt all methods or none: the last column compares them.
     parts, interrupted = finished_rows(
         priced(system, Workload(llm=llm, batch=arguments.batch, context=prompt, **bits), arguments.generated, profile, flexgen)
