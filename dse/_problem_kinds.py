@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..models.cache_ratio import CacheRatioPlan, CacheRatioProblem
+from ..models.cache_ratio import CacheRatioPlan, CacheRatioProblem, RatioSettings
 from ..models.hardware import Link, System
 from ..models.kernel_mapping import KernelMappingPlan, KernelMappingProblem
 from ..models.kernel_mapping_tables import KernelMappingTables
-from ..models.offload import offload_layers
 from ..models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem
 from ..models.units import GB, TFLOPS
 from ..models.workload import Workload
-from ..solvers import cache_ratio as _cache_ratio
-from ..solvers import recompute_split as _recompute_split
 from ..solvers._columns import column_generation
 from ..solvers._patterns import pattern_form
 from ..solvers._program import Program
-from ..solvers.cache_ratio import LpRatio
+from ..solvers.cache_ratio import LpRatio, ratio_cases, ratio_program, ratio_unit
 from ..solvers.kernel_mapping import ConvexMapping, PatternMapping, TableMapping
-from ..solvers.recompute_split import ClosedFormSplit
+from ..solvers.recompute_split import ClosedFormSplit, split_program
 from ..solvers.result import Solver
 
 UNIT_OF = {"capacity": ("GB", GB), "bandwidth": ("GB/s", GB), "matrix_peak": ("TFLOP/s", TFLOPS), "vector_peak": ("TFLOP/s", TFLOPS)}
@@ -65,9 +62,9 @@ class Resource:
 
 def resources(system: System) -> Iterator[Resource]:
     """Capacities, bandwidths and peaks of a system, in this order."""
-    for part, fields in (("tiers", ("capacity",)), ("tiers", ("bandwidth",)), ("links", ("bandwidth",)), ("units", tuple(UNIT_OF)[2:])):
+    for part, named in (("tiers", ("capacity",)), ("tiers", ("bandwidth",)), ("links", ("bandwidth",)), ("units", tuple(UNIT_OF)[2:])):
         for index, item in enumerate(getattr(system, part)):
-            for field in fields:
+            for field in named:
                 name = f"link {item.source} to {item.target}" if isinstance(item, Link) else item.name
                 yield Resource(part=part, index=index, field=field, name=f"{name} {field.replace('_', ' ')}")
 
@@ -198,18 +195,10 @@ class CacheRatioKind:
         return LpRatio()
 
     def rebuilt(self, problem: CacheRatioProblem, system: System, workload: Workload) -> CacheRatioProblem:
-        """``problem`` keeps no word of how it was built, so block, batches and where weights are follow from its numbers."""
-        if problem.profile is None or problem.workload is None:
+        """All requests get the context of ``workload``: a problem of unequal contexts is not the same again."""
+        if problem.profile is None or problem.settings is None:
             raise ValueError(_no_system(problem))
-        token = sum(layer.layers * layer.kv_bytes for layer in offload_layers(problem.workload))
-        return CacheRatioProblem.build(
-            system,
-            workload,
-            profile=problem.profile,
-            block=max(1, math.floor(problem.kv_block / token)),
-            batches=max(1, len(problem.request_blocks) // problem.workload.batch),
-            weights="host" if problem.host_held else "gpu",
-        )
+        return CacheRatioProblem.build(system, workload, profile=problem.profile, **_settings(problem.settings))
 
     def possible(self, problem: CacheRatioProblem) -> bool:
         return problem.possible
@@ -232,17 +221,20 @@ class CacheRatioKind:
 
     def relaxed(self, problem: CacheRatioProblem) -> Relaxed:
         """The best case's linear program; its last two rows are the memories, in units of the blocks' common divisor."""
-        unit, divisor = _cache_ratio._unit(problem), math.gcd(problem.kv_block, problem.act_block)
-        solved = [_with_duals(_cache_ratio._program(problem, case, unit)) for case in _cache_ratio._cases(problem)]
+        unit, divisor = ratio_unit(problem), math.gcd(problem.kv_block, problem.act_block)
+        solved = [_with_duals(ratio_program(problem, case, unit)) for case in ratio_cases(problem)]
         bound, duals = min((found for found in solved if found is not None), key=lambda found: found[0])
         usable = problem.profile.usable if problem.profile else 1.0
         worth = (duals[-2] * unit / divisor * usable, duals[-1] * unit / divisor)
         return Relaxed(bound * unit, (*worth, *_zeros(problem)))
 
     def looser(self, problem: CacheRatioProblem) -> dict[str, Any]:
-        if problem.host_held or not (problem.system and problem.workload and problem.profile):
+        if problem.system is None or problem.workload is None or problem.profile is None or problem.settings is None:
             return {}
-        far = CacheRatioProblem.build(problem.system, problem.workload, profile=problem.profile, weights="host")
+        if problem.settings.weights == "host":
+            return {}
+        settings = _settings(problem.settings) | {"weights": "host"}
+        far = CacheRatioProblem.build(problem.system, problem.workload, profile=problem.profile, **settings)
         return {"weights on the host (weights='host')": far}
 
 
@@ -296,7 +288,7 @@ class RecomputeSplitKind:
     def relaxed(self, problem: RecomputeSplitProblem) -> Relaxed:
         """The program's last row is the host's room, in tokens of one layer."""
         unit = problem.evaluate(RecomputeSplitPlan(splits=(0,) * len(problem.layers))).latency
-        solved = _with_duals(_recompute_split._program(problem, unit)) if unit > 0 else None
+        solved = _with_duals(split_program(problem, unit)) if unit > 0 else None
         if solved is None:
             return Relaxed(0.0, (0.0, 0.0, *_zeros(problem)))
         bound, duals = solved
@@ -347,6 +339,10 @@ def _same(problem: Any, other: Any) -> bool:
 
 def _no_system(problem: Any) -> str:
     return f"explain needs a {type(problem).__name__} that was built from a System and a Workload; make it with build()"
+
+
+def _settings(settings: RatioSettings) -> dict[str, Any]:
+    return {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "contexts"}
 
 
 def _layer_name(index: int, problem: Any) -> str:

@@ -42,7 +42,7 @@ class MappingScore:
 
     latency_s of a step; throughput_tok_per_s; memory_usd and energy_J of that step under the latency-optimal plan (no plan of less energy
     is looked for: ``latency_energy_front`` does), with all terms whose constants are known; the other columns of ``priced_columns``;
-    TIER_headroom_GB: capacity that is left; greedy_latency_s and greedy_gap = (greedy - optimum) / greedy (None where greedy finds no
+    TIER_headroom_GB: capacity that is left; greedy_latency_s and greedy_loss = greedy / optimum - 1 (None where greedy finds no
     plan); n_SUBLAYER: slices on the first tier (mean over layers); solver, status, gap, profile, version; ``assumed``: numbers that no
     source backs. Memory without a price or an energy leaves the columns out that need it.
     """
@@ -80,6 +80,10 @@ class MappingScore:
             rows.append(self._columns(problem, finish(self.solver, problem, plan, started=time.perf_counter(), optimal=True)))
         return rows
 
+    def problems(self, system: System) -> tuple[KernelMappingProblem]:
+        """The problem behind the columns of a system."""
+        return (self._problem(system),)
+
     def _problem(self, system: System) -> KernelMappingProblem:
         return KernelMappingProblem.build(system, self.workload, profile=self.profile, grouped=self.grouped, granularity=self.granularity)
 
@@ -98,7 +102,7 @@ class MappingScore:
             **single(priced_columns(system, energy, latency=cost.latency, tokens=tokens, operation=self.operation)),
             **headroom_columns(cost.tier_names, cost.capacity, cost.tier_bytes),
             "greedy_latency_s": greedy,
-            "greedy_gap": None if greedy is None else (greedy - cost.latency) / greedy,
+            "greedy_loss": None if greedy is None else greedy / cost.latency - 1,
             **{f"n_{kind.name}": result.plan.mean_count(k, 0) for k, kind in enumerate(problem.kinds)},
             "solver": result.solver,
             "status": result.status.value,

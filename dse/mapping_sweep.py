@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..models.design_table import DesignTable
 from ..models.hardware import System
-from ..models.kernel_mapping import computed_flops, step_flops, streamed_bytes
+from ..models.kernel_mapping import KernelMappingProblem, computed_flops, step_flops, streamed_bytes
 from ..models.kernel_mapping_tables import Granularity, KernelMappingTables
 from ..models.price import step_energy, system_cost
 from ..models.profiles import FIRST_PRINCIPLES, Profile
@@ -72,6 +72,10 @@ class MappingSweep:
     def design(self, row: Mapping[str, Any]) -> tuple[System, Workload]:
         """The machine and the workload of a row; columns that are no design columns are passed over."""
         return DesignTable.from_row(self.system, self.workload, row)[0]
+
+    def problems(self, row: Mapping[str, Any]) -> tuple[KernelMappingProblem]:
+        """The problem behind a row."""
+        return (KernelMappingProblem.build(*self.design(row), profile=self.profile, granularity=self.granularity),)
 
     def _priced(self, systems: Systems, workload: Workload, solver: TableMapping) -> Columns:
         """Result columns of one workload."""

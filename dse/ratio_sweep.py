@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models.cache_ratio import BLOCK
+from ..models.cache_ratio import BLOCK, CacheRatioProblem
 from ..models.hardware import System
 from ..models.offload import STAGED_REQUESTS, WeightsOn
 from ..models.offload_batch import CacheRatioBatch, OffloadDesigns
@@ -86,6 +86,11 @@ class RatioSweep:
     def design(self, row: Mapping[str, Any]) -> tuple[System, Workload]:
         """The machine and the workload of a row; columns that are no design columns are passed over."""
         return OffloadDesigns.from_row(self.system, self.workload, row)[0]
+
+    def problems(self, row: Mapping[str, Any]) -> tuple[CacheRatioProblem]:
+        """The problem behind a row."""
+        built = {name: getattr(self, name) for name in ("profile", "block", "batches", "weights", "buffered_requests")}
+        return (CacheRatioProblem.build(*self.design(row), **built),)
 
     def _batch(self, columns: Mapping[str, Any]) -> tuple[OffloadDesigns, CacheRatioBatch]:
         designs = OffloadDesigns.from_columns(self.system, self.workload, columns, profile=self.profile, batches=self.batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -11,31 +10,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..models.cache_ratio import CacheRatioProblem
-from ..models.hardware import System
-from ..models.kernel_mapping import KernelMappingProblem
-from ..models.recompute_split import RecomputeSplitProblem
+from ..models.design_table import WORKLOAD_COLUMNS
 from ..models.systems import column_place
-from ..models.workload import Workload
 from .explain import Explanation, explain
 from .mapping_score import MappingScore
 from .offload_score import OffloadScore
+from .step_sweep import MORE_COLUMNS
 from .table import read_designs, read_table
 
 SCORES: tuple[type[MappingScore] | type[OffloadScore], ...] = (MappingScore, OffloadScore)
 """The scores of explorations whose rows can be priced again; which one it was, the names of its settings tell."""
-
-PROBLEMS: dict[str, tuple[tuple[type[Any], dict[str, Any]], ...]] = {
-    "MappingScore": ((KernelMappingProblem, {}),),
-    "MappingSweep": ((KernelMappingProblem, {}),),
-    "OffloadScore": ((CacheRatioProblem, {}), (RecomputeSplitProblem, {"weights": "host"})),
-    "RatioSweep": ((CacheRatioProblem, {}),),
-    "SplitSweep": ((RecomputeSplitProblem, {}),),
-}
-"""The problems that a score solves, by its name, and how they are built where the score has no field that says it."""
-
-WORKLOAD_COLUMNS = ("batch", "context", "devices")
-"""Columns of a swept table that are no numbers of a System."""
 
 
 def rerun(path: str | Path, row: int = 0) -> pd.DataFrame:
@@ -45,11 +29,16 @@ def rerun(path: str | Path, row: int = 0) -> pd.DataFrame:
     or hold settings of no score that memsplit has.
     """
     table, score, design = _stored(path, row)
-    if hasattr(score, "design"):
-        found = score({name: np.array([value]) for name, value in design.items()})
-        again = {name: column[0] for name, column in found.items()}
-    else:
-        again = score(design) or {}
+    try:
+        if hasattr(score, "design"):
+            found = score({name: np.array([value]) for name, value in design.items()})
+            again = {name: column[0] for name, column in found.items()}
+        else:
+            again = score(design)
+    except (TypeError, AttributeError) as error:  # values of another type than the code that wrote them
+        raise ValueError(f"the design of row {row} in the JSON beside {path} is damaged: {error}; write the table again") from None
+    if again is None:
+        raise ValueError(f"{path}: the design of row {row} fits no more; the file was changed, or memsplit was")
     columns = [name for name in again if name in table]
     return pd.DataFrame(
         {"column": columns, "written": [table.loc[row, name] for name in columns], "again": [again[name] for name in columns]}
@@ -62,26 +51,15 @@ def explain_row(path: str | Path, row: int = 0, *, step: float = 1.0) -> tuple[E
     ValueError, in one sentence, as ``rerun``, and for a score that has no plan to explain.
     """
     _, score, design = _stored(path, row)
+    if not hasattr(score, "problems"):
+        raise ValueError(f"{type(score).__name__} has no plan to explain: it estimates, and solves no problem")
     solver = getattr(score, "solver", None)
-    built = problems(score, design)
+    try:
+        problems = score.problems(design)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"the design of row {row} in the JSON beside {path} is damaged: {error}; write the table again") from None
     # A score's own solver is that of its first problem.
-    return tuple(explain(problem, solver=None if number else solver, step=step) for number, problem in enumerate(built))
-
-
-def problems(score: Any, design: Any) -> tuple[Any, ...]:
-    """The problems that a score of memsplit solves for a design: what its ``problem(design)`` returns, if it has that, else those of
-    ``PROBLEMS``. ValueError for a score that solves none."""
-    if hasattr(score, "problem"):
-        return (score.problem(design),)
-    name = type(score).__name__
-    if name not in PROBLEMS:
-        raise ValueError(f"{name} has no plan to explain: it solves none of the problems; those that do are {', '.join(PROBLEMS)}")
-    system, workload = _served(score, design)
-    built = []
-    for problem, settings in PROBLEMS[name]:
-        taken = set(inspect.signature(problem.build).parameters) & {field.name for field in fields(score)} - {"system", "workload"}
-        built.append(problem.build(system, workload, **settings | {field: getattr(score, field) for field in taken}))
-    return tuple(built)
+    return tuple(explain(problem, solver=None if number else solver, step=step) for number, problem in enumerate(problems))
 
 
 def _stored(path: str | Path, row: int) -> tuple[pd.DataFrame, Any, Any]:
@@ -115,24 +93,13 @@ def _design_columns(score: Any, table: pd.DataFrame, row: int) -> dict[str, Any]
     """The cells of a swept row that say its design: numbers of the score's System, and of the workload."""
     found = {}
     for name in map(str, table.columns):
-        if name not in WORKLOAD_COLUMNS:
+        if name not in (*WORKLOAD_COLUMNS, *MORE_COLUMNS):
             try:
                 column_place(score.system, name)
             except ValueError:
                 continue
         found[name] = table.loc[row, name]
     return found
-
-
-def _served(score: Any, design: Any) -> tuple[System, Workload]:
-    """The machine and the workload of a design of either kind of score."""
-    if hasattr(score, "design"):
-        system, workload = score.design(design)
-    elif isinstance(design, System):
-        system, workload = design, score.workload
-    else:
-        system, workload = design
-    return system, workload
 
 
 def _score(path: str | Path, settings: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..models.hardware import System
 from ..models.offload_batch import OffloadDesigns, RecomputeSplitBatch
 from ..models.offload_profiles import DATASHEET, OffloadProfile
-from ..models.recompute_split import SplitTemplate
+from ..models.recompute_split import RecomputeSplitProblem, SplitTemplate
 from ..models.roofline import Array
 from ..models.units import GB
 from ..models.workload import Workload
@@ -85,6 +85,13 @@ class SplitSweep:
     def design(self, row: Mapping[str, Any]) -> tuple[System, Workload]:
         """The machine and the workload of a row; columns that are no design columns are passed over."""
         return OffloadDesigns.from_row(self.system, self.workload, row)[0]
+
+    def problems(self, row: Mapping[str, Any]) -> tuple[RecomputeSplitProblem]:
+        """The problem behind a row."""
+        system, workload = self.design(row)
+        built = {name: getattr(self, name) for name in ("profile", "template", "chunks", "weights", "batches")}
+        most = None if self.most is None else min(self.most, workload.context)
+        return (RecomputeSplitProblem.build(system, workload, most=most, **built),)
 
     def _batch(self, columns: Mapping[str, Any]) -> tuple[OffloadDesigns, RecomputeSplitBatch]:
         designs = OffloadDesigns.from_columns(self.system, self.workload, columns, profile=self.profile, batches=self.batches)

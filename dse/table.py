@@ -238,7 +238,7 @@ def from_json(data: Any) -> Any:
         raise ValueError(f"{name} {what} in memsplit {__version__}; fields are {list(known)}")
     try:
         return cls(**fields)
-    except TypeError as error:  # a text where the class compares numbers
+    except (TypeError, AttributeError, OverflowError) as error:  # a text where the class compares numbers, a number beyond all bounds
         raise ValueError(f"{name} has a field of the wrong type: {error}") from None
 
 
@@ -339,7 +339,7 @@ def _load(beside: Path) -> dict[str, Any]:
         data = json.loads(beside.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {beside}: {error.strerror or error}; write_csv writes it beside the CSV of an exploration") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{beside} is damaged, it is no whole JSON file ({error}); write the table again") from None
     if not isinstance(data, dict):
         raise ValueError(f"{beside} is no file of memsplit: it holds a {type(data).__name__}; name a CSV written by write_csv")

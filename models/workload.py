@@ -22,6 +22,9 @@ class Workload:
 
     Precisions are bits an element, 8 (INT8, as in H2M2) unless said: ``weight_bits``, ``kv_bits``, ``activation_bits``. The peaks of
     a ``ComputeUnit`` are those at this precision. In decode, ``context`` is the number of tokens whose keys and values are read.
+
+    ``state_tokens``: tokens whose keys and values are read in a decode step of requests of unequal contexts, all requests together; None:
+    batch x context. Bytes and FLOPs of attention are linear in it, so they are exact; ``context`` then only says about how long one is.
     """
 
     llm: LLMConfig
@@ -31,6 +34,7 @@ class Workload:
     weight_bits: float = 8
     kv_bits: float = 8
     activation_bits: float = 8
+    state_tokens: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch", whole("workload", "batch", self.batch, "requests"))
@@ -41,11 +45,25 @@ class Workload:
             check_number("workload", field, getattr(self, field), "bits an element")
             if getattr(self, field) > 64:
                 raise ValueError(f"workload: {field} must be at most 64 bits an element, not {getattr(self, field)!r}")
+        if self.state_tokens is not None:
+            object.__setattr__(self, "state_tokens", whole("workload", "state_tokens", self.state_tokens, "tokens", least=0))
+            if self.phase != "decode":
+                raise ValueError(
+                    "workload: state_tokens is for decode, as attention of a prefill grows with the square of each prompt; "
+                    "leave it out and price prompts one by one"
+                )
+            if self.state_tokens and not self.context:
+                raise ValueError(f"workload: {self.state_tokens} state_tokens need a context of at least 1 token, not 0; give their mean")
 
     @property
     def tokens(self) -> int:
         """Tokens that pass through each layer in the step."""
         return self.batch if self.phase == "decode" else self.batch * self.context
+
+    @property
+    def tokens_held(self) -> int:
+        """Tokens whose keys and values all requests have together: batch x context, unless ``state_tokens`` says otherwise."""
+        return self.batch * self.context if self.state_tokens is None else self.state_tokens
 
     @property
     def weight_bytes(self) -> float:
@@ -55,7 +73,7 @@ class Workload:
     @property
     def state_bytes(self) -> float:
         """Bytes of the keys and values of all layers and requests."""
-        return self.llm.num_hidden_layers * self.llm.state_elements * self.batch * self.context * self.kv_bits / 8
+        return self.llm.num_hidden_layers * self.llm.state_elements * self.tokens_held * self.kv_bits / 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +234,7 @@ def _attention(workload: Workload) -> Kernel:
     """Scores and weighted values: every query token against the tokens before it (in prefill on average half of them)."""
     llm = workload.llm
     decode = workload.phase == "decode"
-    pairs = workload.batch * workload.context * (1.0 if decode else (workload.context + 1) / 2)
+    pairs = workload.tokens_held * (1.0 if decode else (workload.context + 1) / 2)
     return Kernel(
         name="attention",
         sublayer="attention",
@@ -224,7 +242,7 @@ def _attention(workload: Workload) -> Kernel:
         engine="vector" if decode else "matrix",
         rows=float(workload.batch if decode else workload.tokens),
         flops=llm.attention_flops * pairs,
-        state_bytes=llm.state_elements * workload.batch * workload.context * workload.kv_bits / 8,
+        state_bytes=llm.state_elements * workload.tokens_held * workload.kv_bits / 8,
         activation_bytes=2.0 * workload.tokens * llm.num_attention_heads * llm.head_dim * workload.activation_bits / 8,
         tensors=1 if llm.attention_kind == "MLA" else 2,
     )

@@ -286,7 +286,7 @@ def _with_host_act(problem: CacheRatioProblem, act_gpu: int, act_host: int) -> C
     return CacheRatioPlan(act_gpu=act_gpu, act_host=act_host, kv_host=rest - act_host)
 
 
-def _cases(problem: CacheRatioProblem) -> list[Case]:
+def ratio_cases(problem: CacheRatioProblem) -> list[Case]:
     """The cases that intercepts make; those of times without one are allowed at once."""
     choices = [
         (False, True) if any(getattr(layer, field).intercept for layer in problem.layers) else (True,)
@@ -305,7 +305,7 @@ def _room(problem: CacheRatioProblem, case: Case) -> int:
     return near + (max(problem.host_room, 0) // min(sizes) if sizes else 0)
 
 
-def _program(problem: CacheRatioProblem, case: Case, unit: float) -> Program:
+def ratio_program(problem: CacheRatioProblem, case: Case, unit: float) -> Program:
     """The program of a case with seconds counted in ``unit`` and bytes in their greatest common divisor, which changes nothing."""
     kv_host, act_host, any_act = case
     layers, blocks = problem.layers, problem.blocks
@@ -339,7 +339,7 @@ def _program(problem: CacheRatioProblem, case: Case, unit: float) -> Program:
     )
 
 
-def _unit(problem: CacheRatioProblem) -> float:
+def ratio_unit(problem: CacheRatioProblem) -> float:
     """Seconds of the slowest layer if everything were on the host and were sent and recomputed; 1 if nothing takes time."""
     n = problem.blocks
     return max(max(float(part) for part in layer.times(0, n, n)) for layer in problem.layers) or 1.0
@@ -347,10 +347,10 @@ def _unit(problem: CacheRatioProblem) -> float:
 
 def _relaxations(problem: CacheRatioProblem) -> list[tuple[Case, ProgramAnswer]]:
     """The relaxation of every case that has one, the most promising first; bounds are in seconds."""
-    unit = _unit(problem)
+    unit = ratio_unit(problem)
     found = []
-    for case in _cases(problem):
-        answer = relaxation(_program(problem, case, unit))
+    for case in ratio_cases(problem):
+        answer = relaxation(ratio_program(problem, case, unit))
         if not answer.infeasible:
             bound = None if answer.bound is None else answer.bound * unit
             found.append((case, ProgramAnswer(values=answer.values, bound=bound)))
@@ -398,8 +398,8 @@ def _integer(solver: MilpRatio | CpSatRatio, problem: CacheRatioProblem, run: So
 
 def _solved(problem: CacheRatioProblem, case: Case, least: float, run: Solve, left: float | None) -> tuple[CacheRatioPlan | None, float]:
     """The integer program's own plan of a case whose relaxation takes ``least`` seconds, and a bound (inf: there is no plan)."""
-    unit = least / sum(layer.layers for layer in problem.layers) or _unit(problem)
-    answer = run(_program(problem, case, unit), left)
+    unit = least / sum(layer.layers for layer in problem.layers) or ratio_unit(problem)
+    answer = run(ratio_program(problem, case, unit), left)
     if answer.infeasible:
         return None, math.inf
     bound = 0.0 if answer.bound is None else answer.bound * unit

@@ -184,7 +184,7 @@ def _by_program(
     if not unit > 0:
         # Nothing takes time: there is nothing to choose, and no unit to count times in.
         return finish(solver, problem, RecomputeSplitPlan(splits=(0,) * classes), started=started, optimal=True)
-    program = _program(problem, unit)
+    program = split_program(problem, unit)
     relaxed = relaxation(program)
     left = None if solver.time_limit is None else max(solver.time_limit - (time.perf_counter() - started), LEAST_TIME)
     found = answer(program, relaxed.bound if relaxed.bound is not None and relaxed.bound > 0 else 1.0, left)
@@ -214,7 +214,7 @@ def _first_plan(problem: RecomputeSplitProblem) -> RecomputeSplitPlan:
         return RecomputeSplitPlan(splits=(0,) * len(problem.layers))
 
 
-def _program(problem: RecomputeSplitProblem, unit: float) -> Program:
+def split_program(problem: RecomputeSplitProblem, unit: float) -> Program:
     """Splits first, then the classes' times in units of ``unit`` [s]."""
     classes = len(problem.layers)
     rows: list[Array] = []

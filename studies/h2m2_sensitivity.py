@@ -84,7 +84,7 @@ def priced(workload: Workload, profile: Profile) -> list[dict[str, Any]]:
     scores = MappingScore(workload=workload, profile=profile).batch([system for _, _, system in named])
     baseline = SingleTierMapping().solve(KernelMappingProblem.build(LPDDR_ONLY_SYSTEM, workload, profile=profile)).objective
     known = {"llm": workload.llm.name, "batch": workload.batch, "context": workload.context, "fitted_on": profile.fitted_on}
-    kept = ["latency_s", "greedy_latency_s", "greedy_gap", "status", "gap", "profile", "version"]
+    kept = ["latency_s", "greedy_latency_s", "greedy_loss", "status", "gap", "profile", "version"]
     rows = []
     for (name, value, _), score in zip(named, scores, strict=True):
         found = score or {"status": "infeasible", "profile": profile.name, "version": __version__}
@@ -97,7 +97,7 @@ def priced(workload: Workload, profile: Profile) -> list[dict[str, Any]]:
 
 def summary(part: pd.DataFrame) -> pd.DataFrame:
     """Mean speed-ups of one LLM and profile, what doubling each number brings, and whether that is much."""
-    means = part.groupby(["varied", "value"], sort=False)[["speedup", "greedy_speedup", "greedy_gap"]].mean().reset_index()
+    means = part.groupby(["varied", "value"], sort=False)[["speedup", "greedy_speedup", "greedy_loss"]].mean().reset_index()
     lines = []
     for name, table in means.groupby("varied", sort=False):
         doublings = math.log2(table["value"].iloc[-1] / table["value"].iloc[0])
@@ -106,7 +106,7 @@ def summary(part: pd.DataFrame) -> pd.DataFrame:
             {"varied": name, "values": " ".join(f"{value:g}" for value in table["value"])}
             | {"speedup": " ".join(f"{speedup:.3f}" for speedup in table["speedup"]), "per_doubling": f"{gain['speedup']:.1%}"}
             | {"greedy_speedup": " ".join(f"{speedup:.3f}" for speedup in table["greedy_speedup"])}
-            | {"greedy_per_doubling": f"{gain['greedy_speedup']:.1%}", "greedy_gap_at_worst": f"{table['greedy_gap'].max():.1%}"}
+            | {"greedy_per_doubling": f"{gain['greedy_speedup']:.1%}", "greedy_loss_at_worst": f"{table['greedy_loss'].max():.1%}"}
             | {"here": "strong" if gain["speedup"] >= STRONG else "weak", "paper": PAPER_SAYS[str(name)]}
         )
     return pd.DataFrame(lines)

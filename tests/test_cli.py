@@ -6,20 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
-from memsplit.dse import rerun
 from memsplit.dse.cli import METHODS, main
-from memsplit.dse.step_sweep import StepSweep
-from memsplit.models import FIRST_PRINCIPLES, KernelMappingProblem, Profile, RecomputeSplitProblem, System, Workload
-from memsplit.models.presets import A100_SYSTEM, DATA, H2M2_SYSTEM, LLAMA2_70B
-from memsplit.models.units import GB
-from memsplit.solvers import TableMapping
+from memsplit.models.presets import DATA
 
 SHEET = (DATA / "h2m2.toml").read_text()
 CONFIG = json.loads((DATA / "llama2-70b.json").read_text())
@@ -166,84 +159,6 @@ def test_a_machine_and_an_llm_are_explained(capsys, problem):
     assert (code, "bound by" in out) == (0, True)
     code, out, _ = run(capsys, "explain", *arguments, "--batch", 10_000)
     assert (code, "What alone would make it fit" in out, "  batch " in out) == (1, True, True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MappingSweep:
-    """An array score as ``sweep`` keeps it beside its table; ``design`` builds a row's machine and workload."""
-
-    system: System
-    workload: Workload
-    profile: Profile = FIRST_PRINCIPLES
-
-    def __call__(self, columns):
-        return {"latency_s": np.array([self.latency(row) for row in each_row(columns)])}
-
-    def latency(self, row):
-        return TableMapping().solve(KernelMappingProblem.build(*self.design(row), profile=self.profile)).objective
-
-    def design(self, row):
-        system = self.system.with_tier("HBM", capacity=float(row["HBM_capacity_GB"]) * GB)
-        return system, replace(self.workload, batch=int(row["batch"]))
-
-
-class WithProblem(MappingSweep):
-    """One that says itself which problem it solves."""
-
-    def problem(self, row):
-        return RecomputeSplitProblem.build(A100_SYSTEM, replace(self.workload, batch=int(row["batch"])), weights="host")
-
-
-def each_row(columns):
-    names = list(columns)
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def swept(folder: Path, monkeypatch, score: object) -> Path:
-    """A swept table of two rows, and the JSON that says which score it was."""
-    table = folder / "sweep.csv"
-    pd.DataFrame({"batch": [8, 900], "HBM_capacity_GB": [48.0, 40.0], "latency_s": [1.0, np.nan], "reason": ["", "too small"]}).to_csv(
-        table, index=False
-    )
-    table.with_suffix(".json").write_text("{}")
-    # memsplit.dse.rerun is the function of that name.
-    monkeypatch.setattr(sys.modules["memsplit.dse.rerun"], "read_designs", lambda _: {"settings": {"score": score}, "designs": {}})
-    return table
-
-
-def test_rows_of_a_sweep_are_priced_and_explained_from_their_own_columns(capsys, tmp_path, monkeypatch):
-    """Also one in which nothing fits."""
-    score = MappingSweep(system=H2M2_SYSTEM, workload=Workload(llm=LLAMA2_70B, batch=1, context=4096))
-    table = swept(tmp_path, monkeypatch, score)
-    row = {"HBM_capacity_GB": 48.0, "batch": 8}
-    expected = score.latency(row)
-    code, out, _ = run(capsys, "explain", table)
-    assert (code, f"batch 8, context 4096: {expected * 1e3:.6g} ms a step" in out) == (0, True)
-    again = rerun(table)
-    assert again["column"].tolist() == ["latency_s"]
-    assert (again["written"][0], again["again"][0]) == (1.0, expected)
-    code, out, _ = run(capsys, "explain", table, "--row", 1)
-    assert (code, "batch 900" in out, "  LPDDR capacity" in out) == (1, True, True)
-
-
-def test_a_score_may_say_itself_which_problem_it_solves(capsys, tmp_path, monkeypatch):
-    score = WithProblem(system=H2M2_SYSTEM, workload=Workload(llm=LLAMA2_70B, batch=1, context=4096))
-    code, out, _ = run(capsys, "explain", swept(tmp_path, monkeypatch, score))
-    assert (code, "ClosedFormSplit" in out) == (0, True)
-
-
-def test_a_score_without_a_plan_is_refused(capsys, tmp_path, monkeypatch):
-    score = StepSweep(system=H2M2_SYSTEM, workload=Workload(llm=LLAMA2_70B, batch=1, context=4096), tier="LPDDR")
-    code, _, error = run(capsys, "explain", swept(tmp_path, monkeypatch, score))
-    assert (code, "StepSweep has no plan to explain" in error) == (2, True)
-
-
-def test_a_users_own_score_is_not_run(capsys, tmp_path, monkeypatch):
-    """The JSON holds its name only."""
-    code, out, error = run(capsys, "explain", swept(tmp_path, monkeypatch, "their_module.Score"))
-    assert (code, out) == (2, "")
-    assert "'their_module.Score'" in error
-    assert error.count("\n") == 1
 
 
 def test_ctrl_c_in_a_search_keeps_and_writes_what_is_finished(tmp_path):

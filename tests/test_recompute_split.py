@@ -18,8 +18,7 @@ from memsplit.models.presets import LLAMA2_70B, LLMS, OPT_6_7B, OPT_30B, SYSTEMS
 from memsplit.models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, best_splits, split_generation
 from memsplit.solvers import Status, _cpsat, _pulp
 from memsplit.solvers._program import ProgramAnswer
-from memsplit.solvers.recompute_split import ClosedFormSplit, CpSatSplit, EnumerationSplit, FixedShareSplit, MilpSplit
-from memsplit.solvers.recompute_split import _program as split_program
+from memsplit.solvers.recompute_split import ClosedFormSplit, CpSatSplit, EnumerationSplit, FixedShareSplit, MilpSplit, split_program
 
 A100 = SYSTEMS["a100_pcie4"]
 TEMPLATES = ("staged", "chunked", "fluid")

@@ -1,0 +1,293 @@
+"""The optimum over a whole trace, with migration: what an online policy is measured against; and bounds that hold for all plans.
+
+Sets        i: iterations, p, q: plans
+Variables   x_ipq in {0, 1}: from plan p in iteration i - 1 to plan q in iteration i; y_q in {0, 1}: iteration 0 uses plan q
+Objective   min  sum_q stage_0(q) y_q + sum_ipq (migration_i(p, q) + stage_i(q)) x_ipq
+Constraints sum_q y_q = 1,   y_p = sum_q x_1pq,   sum_p x_ipq = sum_r x_(i+1)qr                       every i, q
+            (moves and plans that take inf seconds have no variable)
+
+It is a shortest path: the matrix is totally unimodular, so the linear relaxation has the same optimum. The dynamic program keeps the
+least seconds V_i(q) with which iteration i can end under plan q:
+
+    V_i(q) = stage_i(q) + min_p [ V_(i-1)(p) + migration_i(p, q) ]
+
+``DynamicProgramClairvoyant``: any number of iterations. ``MilpClairvoyant``: the program above by PuLP, for small traces.
+``ClairvoyantBound``: a lower bound over all plans, also where the two look at some plans only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..models.checks import shown, whole
+from ..models.clairvoyant import ClairvoyantProblem, Counts, Path, SplitSteps, TableSteps
+from ..models.roofline import Array
+from ._program import Program
+from .kernel_mapping import TableMapping
+from .result import SolverResult, check_settings, finish
+
+MOST_PAIRS = 2**22
+"""Pairs of plans that the dynamic program looks at together: 32 MiB of temporaries."""
+
+MOST_ARCS = 200_000
+"""Moves that ``MilpClairvoyant`` takes at most."""
+
+INFORMATIVE = 0.05
+"""A bound further than this from the best policy says little about it."""
+
+
+class Regret(NamedTuple):
+    """How much longer a policy took than the optimum: at least ``lower`` and at most ``upper`` of the optimum's seconds.
+
+    ``lower`` is against the best path known: below 0 if the policy used plans that were not looked at. ``upper`` is against the proven
+    bound. None where there is no path, or no bound above 0. ``informative``: the bound is within 5 % of the best policy.
+    """
+
+    lower: float | None
+    upper: float | None
+    informative: bool
+
+
+def regret(latency: float, result: SolverResult[Path], *, best: float | None = None) -> Regret:
+    """The regret of a policy that took ``latency`` [s] for the trace. ``best`` [s]: the best policy's; this one's unless said."""
+    for name, value in (("latency", latency), ("best", best)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"regret: {name} must be seconds of at least 0 and finite, not {shown(value)}")
+    least = latency if best is None else best
+    return Regret(
+        lower=latency / result.objective - 1 if result.objective else None,
+        upper=latency / result.bound - 1 if result.bound else None,
+        informative=result.bound is not None and result.bound >= (1 - INFORMATIVE) * least,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicProgramClairvoyant:
+    """The best path over a grid of plans, exactly, and a bound over all plans.
+
+    The plans of a problem of tables are all looked at. Those of splits over two memories are too many (97^3): the grid has every
+    combination of ``counts`` evenly spaced numbers of slices a kind, of the numbers that the optimum of some iteration has, and of
+    those in the paths ``include``; so its best path is no worse than these paths and than the best plan of each iteration, moves
+    included. ``counts`` None: all plans. ``bound`` False: no bound over all plans (``ClairvoyantBound``), which may take longer than
+    the path.
+
+    A move between splits is priced kind by kind, so that the minimum over P plans takes P x (counts of a kind) steps for each kind
+    instead of P^2, and only P where the bytes of a kind are a weighted distance. Every sqrt(I)-th V is kept, and those between are
+    computed twice. Of paths that take equally long, one that stays is taken.
+    """
+
+    counts: int | None = 17
+    include: tuple[Path, ...] = ()
+    bound: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", tuple(map(tuple, self.include)))
+        if self.counts is not None:
+            whole("DynamicProgramClairvoyant", "counts", self.counts, "slices a kind", least=2)
+
+    def solve(self, problem: ClairvoyantProblem, /) -> SolverResult[Path]:
+        """The best path, and its bound: the path itself where all plans were looked at."""
+        started = time.perf_counter()
+        if isinstance(problem.steps, TableSteps):
+            path = _shortest_path(problem)
+            return finish(self, problem, path, started=started, optimal=True, infeasible=path is None)
+        axes = _axes(problem, problem.steps, self.counts, self.include)
+        if axes is None:
+            return finish(self, problem, None, started=started, infeasible=True)
+        grid = problem.steps.on(axes)
+        initial = None if problem.initial is None else _renumbered([problem.initial], problem.steps, grid)[0]
+        found = _shortest_path(ClairvoyantProblem(steps=grid, initial=initial))
+        path = None if found is None else tuple(_renumbered(found, grid, problem.steps))
+        whole_space = grid.plans == problem.plans
+        bound = ClairvoyantBound().value(problem) if self.bound and not whole_space else None
+        return finish(self, problem, path, started=started, bound=bound, optimal=whole_space, infeasible=path is None)
+
+
+def _axes(problem: ClairvoyantProblem, steps: SplitSteps, counts: int | None, include: Sequence[Path]) -> list[Counts] | None:
+    """The numbers of slices of each kind that a grid looks at; None if some iteration has no plan that fits."""
+    if counts is None:
+        return list(steps.counts)
+    seconds, optima = TableMapping().solve_batch(steps.tables)
+    if not np.isfinite(seconds).all():
+        return None
+    axes = [np.linspace(0, kind.slices, min(counts, kind.slices + 1)).round().astype(np.int64) for kind in steps.kinds]
+    for path in include:
+        problem.evaluate(path)  # ValueError if it is no path of this problem
+    numbers = sorted({number for path in include for number in path} | ({problem.initial} if problem.initial is not None else set()))
+    places = np.unravel_index(np.array(numbers, dtype=np.int64), steps.shape)
+    return [
+        np.unique(np.concatenate([even, optima[:, k, 0], own[place]]))
+        for k, (even, own, place) in enumerate(zip(axes, steps.counts, places, strict=True))
+    ]
+
+
+def _renumbered(numbers: Sequence[int], steps: SplitSteps, other: SplitSteps) -> list[int]:
+    """The numbers that plans of ``steps`` have among those of ``other``."""
+    places = np.unravel_index(np.array(numbers), steps.shape)
+    moved = [np.searchsorted(there, own[place]) for own, there, place in zip(steps.counts, other.counts, places, strict=True)]
+    return [int(number) for number in np.ravel_multi_index(moved, other.shape)]
+
+
+def _shortest_path(problem: ClairvoyantProblem) -> Path | None:
+    """The best path over all plans of a problem; None if there is none."""
+    block = math.isqrt(problem.iterations - 1) + 1
+    kept: list[Array] = []
+    last: Array = np.zeros(0)
+    for i, last in enumerate(_values(problem)):
+        if i % block == 0:
+            kept.append(last)
+    plan = int(last.argmin())
+    if not math.isfinite(last[plan]):
+        return None
+    path = [plan]
+    for number in range(len(kept) - 1, -1, -1):
+        first = number * block
+        known = [kept.pop()]
+        for i in range(first + 1, min(first + block, problem.iterations)):
+            known.append(_next(problem, i, known[-1]))
+        after = min(first + block, problem.iterations - 1)
+        for i in range(after, first, -1):
+            path.append(_previous(problem, i, known[i - 1 - first], path[-1]))
+    return tuple(reversed(path))
+
+
+def _values(problem: ClairvoyantProblem) -> Iterator[Array]:
+    """V_i [P] of every iteration."""
+    start = problem.start()
+    values = problem.stage(0) + (0.0 if start is None else start)
+    yield values
+    for i in range(1, problem.iterations):
+        values = _next(problem, i, values)
+        yield values
+
+
+def _next(problem: ClairvoyantProblem, iteration: int, values: Array) -> Array:
+    """V_i [P] from V_(i-1) [P]."""
+    steps = problem.steps
+    if isinstance(steps, TableSteps):
+        return _least_by_table(steps.migration(iteration), values) + steps.stage(iteration)
+    return _least_by_splits(steps, iteration, values.reshape(steps.shape)).ravel() + steps.stage(iteration)
+
+
+def _previous(problem: ClairvoyantProblem, iteration: int, values: Array, plan: int) -> int:
+    """The plan before ``plan`` on a best path, ``plan`` itself if it is one; ``values`` [P] is V_(i-1)."""
+    reached = values + problem.steps.arrival(iteration, plan)
+    best = int(reached.argmin())
+    return plan if reached[plan] <= reached[best] else best
+
+
+def _least_by_table(table: Array, values: Array) -> Array:
+    """min_p values[p] + table[p, q] for every q."""
+    rows = max(1, MOST_PAIRS // len(values))
+    least = np.full(len(values), np.inf)
+    for first in range(0, len(values), rows):
+        part = slice(first, first + rows)
+        np.minimum(least, (values[part, None] + table[part]).min(axis=0), out=least)
+    return least
+
+
+def _least_by_splits(steps: SplitSteps, iteration: int, values: Array) -> Array:
+    """min_p values[p] + migration(p, q) for every q; arrays [G_1, ..., G_K].
+
+    Bytes add up over the kinds, so the minimum is taken kind by kind. A latency is paid once a direction, whatever the kinds, so
+    each choice of the directions that may be used is looked at on its own; one that allows more than is used is not the cheapest.
+    """
+    up, down = steps.up.latency, steps.down.latency
+    choices = [(True, True, up + down)]
+    if up or down:
+        choices = [(rise, fall, up * rise + down * fall) for rise in (False, True) for fall in (False, True)]
+    best: Array | None = None
+    for rise, fall, latency in choices:
+        least = values
+        for k in range(len(steps.kinds)):
+            least = _least_of_kind(steps, iteration, k, least, rise, fall)
+        best = least + latency if best is None else np.minimum(best, least + latency)
+    return values if best is None else best
+
+
+def _least_of_kind(steps: SplitSteps, iteration: int, kind: int, values: Array, rise: bool, fall: bool) -> Array:
+    """min over the count of one kind before the move, for every count after it, where bytes may ``rise`` and ``fall``."""
+    gain, loss = np.diff(steps.first[kind][iteration]), -np.diff(steps.second[kind][iteration])
+    if (gain <= loss).all() or (gain >= loss).all():
+        # The smaller of two sums is then the sum of the smaller terms: a move over many counts is one from count to count.
+        between = np.minimum(gain, loss)
+        return _least_by_steps(
+            values,
+            kind,
+            _allowed(between, steps.up.bandwidth, rise),
+            _allowed(between, steps.down.bandwidth, fall),
+        )
+    places = np.arange(len(steps.counts[kind]))
+    up, down = steps.moved(iteration, kind, places[:, None], places)
+    cost = _allowed(up, steps.up.bandwidth, rise) + _allowed(down, steps.down.bandwidth, fall)
+    by_kind = np.moveaxis(values, kind, 0)
+    before = np.ascontiguousarray(by_kind).reshape(len(places), -1)
+    least = np.full_like(before, np.inf)
+    for row, seconds in zip(before, cost, strict=True):
+        np.minimum(least, row + seconds[:, None], out=least)
+    return np.moveaxis(least.reshape(by_kind.shape), 0, kind)
+
+
+def _allowed(nbytes: Counts, bandwidth: float, allowed: bool) -> Array:
+    """Seconds to move bytes, without latency; inf for any if they must not."""
+    return nbytes / bandwidth if allowed else np.where(nbytes > 0, np.inf, 0.0)
+
+
+def _least_by_steps(values: Array, axis: int, up: Array, down: Array) -> Array:
+    """min over one axis of values + the seconds of all steps between two places: a distance transform in two sweeps.
+
+    ``up``, ``down`` [G - 1]: seconds from place g to g + 1, and back.
+    """
+    least = values.copy()
+    planes = np.moveaxis(least, axis, 0)
+    for g in range(1, len(planes)):
+        np.minimum(planes[g], planes[g - 1] + up[g - 1], out=planes[g])
+    for g in range(len(planes) - 1, 0, -1):
+        np.minimum(planes[g - 1], planes[g] + down[g - 1], out=planes[g - 1])
+    return least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClairvoyantBound:
+    """Seconds that no path over any plans goes below.
+
+    ``migration`` False: moves are free, the sum of every iteration's optimum (``TableMapping``). True: for tables the optimum; for
+    splits a move from n to m slices costs the sum over its single slices of the pages that each would move alone,
+
+        bytes(n, m) = min(sum a_j, sum b_j) >= sum_j min(a_j, b_j)          a_j, b_j: pages that slice j adds here, and frees there
+
+    and no latency. This is a weighted L1 distance, so that V_i over all plans (912,673 of GPT3-175B) takes a few sweeps.
+    """
+
+    migration: bool = True
+
+    def value(self, problem: ClairvoyantProblem) -> float:
+        """The bound [s], rounded down; inf if no path exists."""
+        steps = problem.steps
+        if not self.migration:
+            if isinstance(steps, TableSteps):
+                return _down(float(steps.stages.min(axis=1).sum()))
+            return _down(float(TableMapping().solve_batch(steps.tables)[0].sum()))
+        if isinstance(steps, TableSteps):
+            *_, last = _values(problem)
+            return _down(float(last.min()))
+        start = problem.start()
+        values = (problem.stage(0) + (0.0 if start is None else start)).reshape(steps.shape)
+        for i in range(1, steps.iterations):
+            for k in range(len(steps.kinds)):
+                between = np.minimum(np.diff(steps.first[k][i]), -np.diff(steps.second[k][i]))
+                values = _least_by_steps(values, k, between / steps.up.bandwidth, between / steps.down.bandwidth)
+            values += steps.stage(i).reshape(steps.shape)
+        return _down(float(values.min()))
+
+
+def _down(seconds: float) -> float:
+    """Moved outward by more than the rounding of the sums of the longest traces."""
+    return seconds * (1 - 1e-12)
