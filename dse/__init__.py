@@ -18,13 +18,14 @@ from .samplers import GP, NSGA2, NSGA3, QMC, SAMPLERS, TPE, RandomSearch, Sample
 from .speedup import H2M2_SWEEPS, Method, h2m2_methods, speedups
 from .split_sweep import SplitSweep
 from .step_sweep import StepSweep
-from .study import positive, served, serving_arguments, show, study_arguments
+from .study import INTERRUPTED, beside, finished_rows, positive, served, serving_arguments, show, study_arguments
 from .sweep import Grid, Sobol, sweep
 from .table import check_writable, from_json, read_designs, read_table, to_json, write_csv, write_parquet
 
 __all__ = [
     "GP",
     "H2M2_SWEEPS",
+    "INTERRUPTED",
     "NSGA2",
     "NSGA3",
     "QMC",
@@ -50,12 +51,14 @@ __all__ = [
     "SplitSweep",
     "StepSweep",
     "Worth",
+    "beside",
     "break_even",
     "check_writable",
     "compare",
     "explain",
     "explain_row",
     "explore",
+    "finished_rows",
     "from_json",
     "h2m2_methods",
     "hypervolume",

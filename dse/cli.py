@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ import pandas as pd
 from .. import __version__
 from ..models.baselines import hierarchical
 from ..models.cache_ratio import CacheRatioProblem
-from ..models.kernel_mapping import KernelMappingPlan, KernelMappingProblem
+from ..models.kernel_mapping import KernelMappingPlan, KernelMappingProblem, PlanCost
 from ..models.kernel_mapping_tables import Granularity
-from ..models.price import assumptions
+from ..models.price import assumptions, step_energy
 from ..models.profiles import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3
 from ..models.recompute_split import RecomputeSplitProblem
 from ..models.units import GB, ms
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("memsplit: interrupted; nothing was written", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output has seen enough: memsplit ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _study(arguments: list[str]) -> int:
     names = {path.stem: path for path in sorted(STUDIES.glob("[!_]*.py"))}
-    if arguments[:1] == ["--list"] or not arguments:
+    if not arguments or arguments[0] in ("--list", "--help", "-h"):
         for name, path in names.items():
             print(f"{name:24}{path.read_text(encoding='utf-8').strip().splitlines()[0].strip(chr(34))}")
         return 0
@@ -205,9 +209,17 @@ def _row(problem: KernelMappingProblem, result: SolverResult[KernelMappingPlan],
         "latency_ms": cost.latency / ms,
         "loss": None if best.objective is None else cost.latency / best.objective - 1,
         **{f"{tier}_GB": held / GB for tier, held in zip(cost.tier_names, cost.tier_bytes, strict=True)},
-        "energy_J": cost.energy,
+        "energy_J": _energy(problem, cost),
         "plan": str(result.plan),
     }
+
+
+def _energy(problem: KernelMappingProblem, cost: PlanCost) -> float | None:
+    """J of a step, all terms that are known; None without the energy of every memory."""
+    if problem.system is None or cost.energy is None:
+        return None
+    energy = step_energy(problem.system, traffic=cost.traffic, latency=cost.latency, flops=cost.flops, link_bytes=cost.link_bytes)
+    return float(energy.total)
 
 
 def _explain(problem: KernelMappingProblem, name: str, result: SolverResult[KernelMappingPlan]) -> None:

@@ -187,9 +187,12 @@ class SplitSteps:
 
     def stage(self, iteration: int) -> Array:
         """Seconds [P] of an iteration under each plan, inf where it does not fit."""
-        held = [self._added([column[iteration] for column in columns]) for columns in (self.first, self.second)]
-        fits = (held[0] <= self.room[iteration, 0]) & (held[1] <= self.room[iteration, 1])
-        return np.where(fits, self._added([column[iteration] for column in self.seconds]), np.inf).ravel()
+        seconds = self._added([column[iteration] for column in self.seconds])
+        for columns, room in zip((self.first, self.second), self.room[iteration], strict=True):
+            *others, last = (column[iteration] for column in columns)
+            held = self._added(others)[..., None] if others else np.zeros(1, dtype=np.int64)
+            seconds[held > room - last] = np.inf
+        return seconds.ravel()
 
     def moved(self, iteration: int, kind: int, source: Place, target: Place) -> tuple[Counts, Counts]:
         """Bytes of a kind that go up, and down, from place ``source`` to place ``target`` of its counts, before an iteration."""
@@ -230,7 +233,7 @@ class SplitSteps:
 
     def _added(self, terms: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
         """Sums [G_1, ..., G_K] of one term a kind, in the order of the kinds."""
-        return reduce(np.add, np.ix_(*terms)) if len(terms) > 1 else terms[0]
+        return reduce(np.add, np.ix_(*terms)) if len(terms) > 1 else terms[0].copy()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

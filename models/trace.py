@@ -187,8 +187,8 @@ def _tokens(column: str, text: str) -> int:
 class Lengths:
     """Log-normal lengths of prompts and outputs: medians [tokens], standard deviations of the logarithm, and the longest that counts.
 
-    ``source`` says where the numbers come from; what it calls an assumption has no source. ``drawn`` lengths are rounded to whole tokens, at
-    least 1, and cut at the longest.
+    ``source`` says where the numbers come from; what it calls an assumption has no source. ``drawn`` lengths are rounded to whole
+    tokens, at least 1, and cut at the longest.
     """
 
     name: str

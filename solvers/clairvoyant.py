@@ -245,13 +245,17 @@ def _least_by_steps(values: Array, axis: int, up: Array, down: Array) -> Array:
 
     ``up``, ``down`` [G - 1]: seconds from place g to g + 1, and back.
     """
-    least = values.copy()
-    planes = np.moveaxis(least, axis, 0)
+    # Planes of the last axis would be scattered over the whole array: it is put first.
+    planes = np.moveaxis(values, axis, 0)
+    planes = np.ascontiguousarray(planes) if axis == values.ndim - 1 > 0 else planes.copy()
+    step = np.empty_like(planes[0])
     for g in range(1, len(planes)):
-        np.minimum(planes[g], planes[g - 1] + up[g - 1], out=planes[g])
+        np.add(planes[g - 1], up[g - 1], out=step)
+        np.minimum(planes[g], step, out=planes[g, ...])
     for g in range(len(planes) - 1, 0, -1):
-        np.minimum(planes[g - 1], planes[g] + down[g - 1], out=planes[g - 1])
-    return least
+        np.add(planes[g], down[g - 1], out=step)
+        np.minimum(planes[g - 1], step, out=planes[g - 1, ...])
+    return np.moveaxis(planes, 0, axis)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

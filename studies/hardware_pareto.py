@@ -1,7 +1,10 @@
 """Which memories are worth their latency, money and energy when an LLM is served by the exact kernel mapping?
 
-Optuna varies capacity and bandwidth of both tiers of a data sheet and how its compute is divided between them; each design is
-priced by its optimal mapping. Compute and bandwidth have no price in a data sheet, so only capacity costs money here.
+Optuna varies capacity and bandwidth of both tiers of a data sheet and how its compute is divided between them; each design is priced by
+its fastest mapping. Area, price and static power of a unit grow with its peaks, static power of a memory with its capacity; bandwidth has
+no price in a data sheet. ``--objectives`` names two or more columns of the result, ``--at-most`` and ``--at-least`` limits. A second
+table has the exact front over latency and energy of all mappings of all designs, for a machine that is on anyway (no static power): a
+slower mapping of a design may take less energy than its fastest one.
 """
 
 from __future__ import annotations
@@ -11,11 +14,31 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from memsplit.dse import MappingScore, Objective, explore, plot_front, positive, served, serving_arguments, show, study_arguments, write_csv
+import pandas as pd
+
+from memsplit import __version__
+from memsplit.dse import (
+    INTERRUPTED,
+    Constraint,
+    MappingScore,
+    Objective,
+    beside,
+    explore,
+    plot_front,
+    positive,
+    served,
+    serving_arguments,
+    show,
+    study_arguments,
+    write_csv,
+)
 from memsplit.models import FIRST_PRINCIPLES, System
 from memsplit.models.units import GB, TB
+from memsplit.solvers import front_of_designs
 
-OBJECTIVES = [Objective("latency_s"), Objective("memory_usd"), Objective("energy_J")]
+OBJECTIVES = ("latency_s", "memory_usd", "energy_J")
+MORE_IS_BETTER = ("throughput_tok_per_s", "headroom_GB")
+"""Endings of the columns that are maximised; all others are minimised."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,14 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     unpriced = [tier.name for tier in system.tiers if tier.cost is None or tier.energy is None]
     if unpriced:
         raise ValueError(f"system {system.name!r}: tier {unpriced[0]!r} needs cost and energy to be searched; add both to the data sheet")
+    objectives = [Objective(name, "maximize" if name.endswith(MORE_IS_BETTER) else "minimize") for name in arguments.objectives]
+    constraints = [limit(text, "at_most") for text in arguments.at_most] + [limit(text, "at_least") for text in arguments.at_least]
+    everything, inner, picture = beside(arguments.out, "_all", "_latency_energy", ".png")
     score = MappingScore(workload=workload, profile=FIRST_PRINCIPLES)
     trials = 40 if arguments.quick else arguments.trials
     print(f"{trials} designs around {system}, {llm.name} at batch {workload.batch} and context {workload.context}")
     designs = explore(
         lambda trial: varied(system, trial),
         None,
-        OBJECTIVES,
+        objectives,
         trials=trials,
+        constraints=constraints,
         seed=arguments.seed,
         batch_score=score.batch,
         settings=score.settings(),
@@ -46,20 +73,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(
             f"none of {finished} designs holds {llm.name} at batch {workload.batch} and context {workload.context}; lower them"
         )
+    if not designs["feasible"].any():
+        raise ValueError(f"none of {finished} designs is within the limits {', '.join(arguments.at_most + arguments.at_least)}; relax them")
     parameters = list(designs.columns[1 : list(designs.columns).index("latency_s")])
     front = designs[designs["on_front"]].drop_duplicates(parameters)
-    everything = arguments.out.with_name(f"{arguments.out.stem}_all{arguments.out.suffix}")
-    picture = arguments.out.with_suffix(".png")
     write_csv(arguments.out, front)
     write_csv(everything, designs)
-    plot_front(designs, OBJECTIVES, picture, title=f"{llm.name}, batch {workload.batch}, context {workload.context}")
-    columns = [
-        name for name in front.columns if name not in ("trial", "feasible", "on_front", "seed", "version", "assumed", "solver", "profile")
-    ]
+    if len(objectives) > 1:
+        plot_front(designs, objectives[:3], picture, title=f"{llm.name}, batch {workload.batch}, context {workload.context}")
+    hidden = ("trial", "feasible", "on_front", "seed", "version", "assumed", "solver", "profile")
+    columns = [name for name in front.columns if name not in hidden and not name.endswith("_without")]
     show(front[columns], title=f"Pareto front: {len(front)} of {finished} designs; {lost} cannot hold the LLM", rows=15)
-    print(f"\nenergy_J: memory accesses of one step under the latency-optimal plan. Assumed, not sourced: {front['assumed'].iloc[0]}.")
-    print(f"Written: {arguments.out} (front), {everything} (all), {picture}; rerun a row: memsplit rerun {arguments.out} --row 0")
-    return 130 if designs.attrs["interrupted"] else 0
+    mappings = latency_energy(designs[designs["feasible"]].drop_duplicates(parameters), score)
+    write_csv(inner, mappings.assign(profile=score.profile.name, seed=arguments.seed, version=__version__))
+    slower = int((~mappings["fastest"]).sum())
+    print(
+        f"\nFront over latency and energy of all mappings of all designs: {len(mappings)} points of {mappings['trial'].nunique()} designs; "
+        f"{slower} are mappings that are not the fastest of their design."
+    )
+    without = front.get("energy_without", pd.Series([""])).iloc[0]
+    print(f"energy_J: a step under the fastest mapping{f', without {without} (unknown)' if without else ''}.")
+    print(f"Assumed, not sourced: {front['assumed'].iloc[0]}.")
+    written = f"{arguments.out} (front), {everything} (all), {inner} (mappings)" + (f", {picture}" if len(objectives) > 1 else "")
+    print(f"Written: {written}; rerun a row: memsplit rerun {arguments.out} --row 0; explain it: memsplit explain {arguments.out} --row 0")
+    return INTERRUPTED if designs.attrs["interrupted"] else 0
+
+
+def limit(text: str, side: str) -> Constraint:
+    """The constraint that "latency_s=0.05" says."""
+    name, _, value = text.partition("=")
+    try:
+        return Constraint(name.strip(), **{side: float(value)})
+    except ValueError as error:
+        raise ValueError(f"--{side.replace('_', '-')} {text}: write a column and a number, as in latency_s=0.05 ({error})") from None
+
+
+def latency_energy(designs: pd.DataFrame, score: MappingScore) -> pd.DataFrame:
+    """The front over latency and moving energy of all mappings of ``designs``: trial, latency, energy, the mapping, whether it is the
+    fastest of its design."""
+    trials = designs["trial"].tolist()
+    problems = [problem for trial in trials for problem in score.problems(designs.attrs["designs"][trial])]
+    fastest = dict(zip(trials, designs["latency_s"].tolist(), strict=True))
+    rows = [
+        {
+            "trial": trials[one.design],
+            "latency_s": one.latency,
+            "moving_energy_J": one.energy,
+            "plan": str(one.plan),
+            "fastest": one.latency <= fastest[trials[one.design]] * (1 + 1e-12),  # sums in another order
+        }
+        for one in front_of_designs(problems, static=False)
+    ]
+    found = pd.DataFrame(rows)
+    found.attrs |= {"designs": designs.attrs["designs"], "settings": designs.attrs["settings"]}
+    return found
 
 
 def varied(system: System, trial: Any) -> System:
@@ -83,13 +150,27 @@ def varied(system: System, trial: Any) -> System:
             here = sum(unit.matrix_peak for unit in units)
             for unit in units:
                 scale = part * total / here
-                system = system.with_unit(unit.name, matrix_peak=unit.matrix_peak * scale, vector_peak=unit.vector_peak * scale)
+                system = system.with_unit(unit.name, **scaled(unit, ("matrix_peak", "vector_peak", "area", "cost", "static_power"), scale))
+    for tier in (fast, slow):
+        now = system.tier(tier.name)
+        system = system.with_tier(tier.name, **scaled(tier, ("static_power",), now.capacity / tier.capacity))
     return system
+
+
+def scaled(part: object, fields: Sequence[str], scale: float) -> dict[str, float]:
+    """Fields of a tier or unit times ``scale``, those that are known."""
+    known = {field: getattr(part, field) for field in fields}
+    return {field: value * scale for field, value in known.items() if value is not None}
 
 
 def _extra(parser: argparse.ArgumentParser) -> None:
     serving_arguments(parser, batch=128)
     parser.add_argument("--trials", type=positive, default=300, help="designs to price (default: %(default)s)")
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), metavar="COLUMN", help=f"(default: {' '.join(OBJECTIVES)})")
+    parser.add_argument(
+        "--at-most", nargs="+", default=[], metavar="COLUMN=VALUE", help="as in latency_s=0.05 system_usd=20000 power_W=700"
+    )
+    parser.add_argument("--at-least", nargs="+", default=[], metavar="COLUMN=VALUE", help="as in throughput_tok_per_s=1000")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,17 +21,30 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from memsplit import __version__
-from memsplit.dse import Objective, explore, hypervolume, non_dominated, plot_lines, positive, show, study_arguments, write_csv
-from memsplit.dse.samplers import SAMPLERS, Sampler
+from memsplit.dse import (
+    SAMPLERS,
+    Grid,
+    MappingSweep,
+    Objective,
+    Sampler,
+    beside,
+    explore,
+    hypervolume,
+    non_dominated,
+    plot_lines,
+    positive,
+    show,
+    study_arguments,
+    sweep,
+    write_csv,
+)
 from memsplit.models import FIRST_PRINCIPLES, Workload
-from memsplit.models.kernel_mapping_tables import KernelMappingTables
 from memsplit.models.presets import H2M2_SYSTEM, LLAMA2_70B
-from memsplit.models.systems import Systems
-from memsplit.models.units import TB
-from memsplit.solvers import TableMapping
+from memsplit.models.units import GB, TB
 
 OBJECTIVES = [Objective("latency_s"), Objective("memory_usd"), Objective("bought_TBps")]
 WORKLOAD = Workload(llm=LLAMA2_70B, batch=128, context=4096)
+MAPPED = MappingSweep(system=H2M2_SYSTEM, workload=WORKLOAD, profile=FIRST_PRINCIPLES)
 RANGES = {
     "HBM_capacity_GB": (24.0, 192.0),
     "HBM_bandwidth_TBps": (0.75, 6.0),
@@ -44,20 +57,13 @@ CHECKPOINTS = (50, 100, 200, 500, 1000)
 MOST = {"tpe": 500, "gp": 100}
 """Trials of the samplers that take 0.1 s and more for each."""
 
-CHUNK = 4096
-"""Designs priced at once: their tables stay in the cache."""
 
-
-def price(columns: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-    """The objectives [D, 3] of designs whose columns [D] are named as in ``models.systems``; NaN where the LLM does not fit."""
-    systems = Systems.from_columns(H2M2_SYSTEM, columns)
-    tables = KernelMappingTables.build(systems, WORKLOAD, profile=FIRST_PRINCIPLES)
-    latency, _ = TableMapping().solve_batch(tables)
-    money = (systems.values("tiers", "capacity") * systems.values("tiers", "cost")).sum(axis=1)
-    bought = systems.values("tiers", "bandwidth").sum(axis=1) / TB
-    values = np.stack(np.broadcast_arrays(latency, money, bought), axis=1)
-    values[np.isinf(latency)] = np.nan
-    return values
+def price(columns: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    """The objectives [D] of designs whose columns [D] are named as in ``models.systems``; NaN where the LLM does not fit."""
+    mapped = MAPPED(columns)
+    return {name: mapped[name] for name in ("latency_s", "memory_usd")} | {
+        "bought_TBps": columns["HBM_bandwidth_TBps"] + columns["LPDDR_bandwidth_GBps"] * (GB / TB)
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,16 +77,11 @@ class Priced:
     best: float
 
     @classmethod
-    def of(cls, points: int) -> Priced:
-        """Price the grid, a chunk at a time."""
-        axes = [np.linspace(*ends, points) for ends in RANGES.values()]
-        shape = (points,) * len(axes)
-        number = points ** len(axes)
-        scores = np.empty((number, len(OBJECTIVES)))
-        for start in range(0, number, CHUNK):
-            rows = slice(start, min(start + CHUNK, number))
-            places = np.unravel_index(np.arange(rows.start, rows.stop), shape)
-            scores[rows] = price({name: axis[place] for name, axis, place in zip(RANGES, axes, places, strict=True)})
+    def of(cls, points: int, workers: int) -> Priced:
+        """Price the grid on ``workers`` processes."""
+        grid = Grid({name: np.linspace(*ends, points).tolist() for name, ends in RANGES.items()})
+        number = len(grid)
+        scores = sweep(grid, price, workers=workers)[[objective.name for objective in OBJECTIVES]].to_numpy()
         front = non_dominated(scores)
         if not front.any():
             raise ValueError(f"none of {number} designs holds {WORKLOAD.llm.name}")
@@ -168,8 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in names if name not in SAMPLERS]
     if unknown:
         raise ValueError(f"there is no sampler {unknown[0]!r}; samplers are {', '.join(SAMPLERS)}")
+    (picture,) = beside(arguments.out, ".png")
     began = time.perf_counter()
-    grid = Priced.of(7 if quick else arguments.points)
+    grid = Priced.of(7 if quick else arguments.points, arguments.workers)
     took = time.perf_counter() - began
     print(f"{len(grid.scores)} designs priced in {took:.1f} s; {grid.front.sum()} are the exact front", flush=True)
     rows = []
@@ -179,7 +181,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += searched(grid, SAMPLERS[name], seed, checkpoints)
     frame = pd.DataFrame(rows)
     short = summary(frame)
-    picture = arguments.out.with_suffix(".png")
     write_csv(arguments.out, frame)
     title = f"Front found, of {len(grid.scores):,} designs ({frame['seed'].nunique()} seeds)"
     plot_lines(short, picture, x="trials", y="hypervolume_ratio", by="sampler", title=title, band=("lowest", "highest"))
@@ -201,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _extra(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", type=positive, default=18, help="values a parameter; 56 make 1e7 designs (default: %(default)s)")
+    parser.add_argument("--workers", type=positive, default=1, help="processes that price the grid (default: %(default)s)")
     parser.add_argument("--seeds", type=positive, default=5, help="searches a sampler, from --seed on (default: %(default)s)")
     parser.add_argument("--samplers", nargs="+", metavar="NAME", help=f"of {', '.join(SAMPLERS)}")
 

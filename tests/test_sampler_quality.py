@@ -12,12 +12,12 @@ from memsplit.models import FIRST_PRINCIPLES, KernelMappingProblem
 from memsplit.models.presets import H2M2_SYSTEM
 from memsplit.models.units import GB, TB
 from memsplit.solvers import TableMapping
-from memsplit.studies.sampler_quality import CHUNK, RANGES, WORKLOAD, Priced, price, searched, summary
+from memsplit.studies.sampler_quality import RANGES, WORKLOAD, Priced, searched, summary
 
 
 @pytest.fixture(scope="module")
 def grid() -> Priced:
-    return Priced.of(4)
+    return Priced.of(4, 1)
 
 
 def test_each_design_of_the_grid_has_the_price_of_its_own_machine(grid: Priced):
@@ -32,18 +32,9 @@ def test_each_design_of_the_grid_has_the_price_of_its_own_machine(grid: Priced):
         result = TableMapping().solve(KernelMappingProblem.build(system, WORKLOAD, profile=FIRST_PRINCIPLES))
         found = grid.scores[grid.row(place)]
         if result.objective is None:
-            assert np.isnan(found).all()
+            assert np.isnan(found[0])
         else:  # sums in another order differ in the last bits
             assert found == pytest.approx([result.objective, system.memory_cost, hbm_speed + lpddr_speed / 1000], rel=1e-12)
-
-
-def test_chunks_do_not_show():
-    """A grid of more than one chunk, priced at once and in chunks."""
-    number = 9
-    grid = Priced.of(number)
-    assert number**4 > CHUNK
-    axes = np.meshgrid(*(np.linspace(*ends, number) for ends in RANGES.values()), indexing="ij")
-    np.testing.assert_array_equal(grid.scores, price({name: axis.ravel() for name, axis in zip(RANGES, axes, strict=True)}))
 
 
 def test_the_front_is_exact_and_fills_the_scale(grid: Priced):

@@ -1,0 +1,490 @@
+"""Serving a trace: what runs in each iteration, which requests wait, and what an iteration costs under a kernel mapping.
+
+Continuous batching, first come first served: before each iteration requests that have arrived join the batch while there are fewer than
+the batch limit and while there is room for the keys and values that all of them will hold at their end, so nothing is ever thrown out
+(an assumption; servers that admit more must preempt). Each iteration generates one token of every running request; a request
+that has all its tokens leaves. An iteration is one decode step whose attention reads the contexts of all requests together:
+
+    Workload(batch = requests that run, state_tokens = sum of their contexts)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .checks import whole
+from .hardware import System
+from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, TransitionCost
+from .kernel_mapping_tables import Granularity, KernelMappingTables, Kind, _lanes, _Side, _sublayers
+from .llm import LLMConfig
+from .paging import Pages, migration_time, page_walk_time
+from .profiles import FIRST_PRINCIPLES, Profile
+from .roofline import Array
+from .systems import as_systems
+from .trace import Index, Trace
+from .units import GB
+from .workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingLimits:
+    """Requests that run together at most, and tokens whose keys and values they may hold together at most."""
+
+    batch: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch", whole("serving", "batch limit", self.batch, "requests"))
+        object.__setattr__(self, "tokens", whole("serving", "limit of tokens", self.tokens, "tokens", least=0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ServingState:
+    """Where a replay stands before an iteration.
+
+    ``running`` [B]: places of the requests in the trace. ``context`` [B]: tokens of each that the next step reads. ``remaining`` [B]:
+    tokens that each has yet to generate, at least 1. ``waiting``: place of the first request that was not admitted; all after it wait or
+    have not arrived. ``clock`` [s] since the trace began. ``finished``: how many requests have left.
+    """
+
+    trace: Trace
+    running: Index
+    context: Index
+    remaining: Index
+    waiting: int = 0
+    finished: int = 0
+    iteration: int = 0
+    clock: float = 0.0
+
+    @classmethod
+    def start(cls, trace: Trace) -> ServingState:
+        """Nothing runs yet."""
+        none = np.zeros(0, dtype=np.int64)
+        return cls(trace=trace, running=none, context=none, remaining=none)
+
+    @property
+    def batch(self) -> int:
+        """Requests that run."""
+        return len(self.running)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose keys and values the next step reads."""
+        return int(self.context.sum())
+
+    @property
+    def reserved(self) -> int:
+        """Tokens that the running requests will hold when each generates its last one."""
+        return int(self.context.sum() + self.remaining.sum()) - len(self.running)
+
+    @property
+    def done(self) -> bool:
+        """Every request has finished."""
+        return not len(self.running) and self.waiting == len(self.trace)
+
+    def admitted(self, limits: ServingLimits) -> ServingState:
+        """The state with all requests that have arrived and fit, in order of arrival; one that does not fit holds up those after it."""
+        trace, first = self.trace, self.waiting
+        most = min(first + limits.batch - len(self.running), len(trace))
+        if first >= most or trace.arrived_at[first] > self.clock:
+            return self
+        reserved, last = self.reserved, first
+        while last < most and trace.arrived_at[last] <= self.clock:
+            reserved += trace.requests[last].state_tokens
+            if reserved > limits.tokens:
+                break
+            last += 1
+        if last == first:
+            return self
+        return replace(
+            self,
+            running=np.concatenate([self.running, np.arange(first, last)]),
+            context=np.concatenate([self.context, trace.prompt_tokens[first:last]]),
+            remaining=np.concatenate([self.remaining, trace.output_tokens[first:last]]),
+            waiting=last,
+        )
+
+    def woken(self) -> ServingState:
+        """The state when the next request arrives, if nothing runs and none has."""
+        if len(self.running) or self.waiting == len(self.trace):
+            return self
+        return replace(self, clock=max(self.clock, float(self.trace.arrived_at[self.waiting])))
+
+    def stepped(self, seconds: float) -> ServingState:
+        """The state after an iteration of so many ``seconds``: one token more of each request; those that have all leave."""
+        context, remaining, running = self.context + 1, self.remaining - 1, self.running
+        left = 0
+        if not remaining.all():
+            stay = remaining > 0
+            left = len(running) - int(stay.sum())
+            running, context, remaining = running[stay], context[stay], remaining[stay]
+        return ServingState(
+            trace=self.trace,
+            running=running,
+            context=context,
+            remaining=remaining,
+            waiting=self.waiting,
+            finished=self.finished + left,
+            iteration=self.iteration + 1,
+            clock=self.clock + seconds,
+        )
+
+    def ahead(self, limits: ServingLimits, number: int) -> tuple[Index, Index]:
+        """Requests and tokens of the next iterations, this one first, ``number`` at most, if nobody else arrives meanwhile."""
+        batch, tokens, state = [], [], self
+        while len(batch) < number and state.batch:
+            batch.append(state.batch)
+            tokens.append(state.tokens)
+            state = state.stepped(0.0).admitted(limits)
+        return np.array(batch, dtype=np.int64), np.array(tokens, dtype=np.int64)
+
+    def check(self, limits: ServingLimits | None = None) -> None:
+        """AssertionError, which is a defect of memsplit, where a request is lost or a token is not accounted for."""
+        prompts, outputs = self.trace.prompt_tokens[self.running], self.trace.output_tokens[self.running]
+        wrong = [
+            what
+            for what, holds in (
+                ("a request runs twice or before it was admitted", len(set(self.running.tolist())) == self.batch),
+                ("a request runs that was not admitted", not self.batch or int(self.running.max()) < self.waiting),
+                ("admitted requests neither run nor finished", self.finished + self.batch == self.waiting),
+                ("a request that has all its tokens still runs", bool(np.all(self.remaining >= 1))),
+                ("tokens are lost", np.array_equal(self.context - prompts, outputs - self.remaining)),
+                ("more requests run than may", limits is None or self.batch <= limits.batch),
+                ("more tokens are promised room than fit", limits is None or self.reserved <= limits.tokens),
+            )
+            if not holds
+        ]
+        if wrong:
+            raise AssertionError(f"serving state of iteration {self.iteration}: {wrong[0]}; this is a defect of memsplit, please report it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """An LLM served on a system: problems and tables of its iterations. Bits as in ``Workload``, ``granularity`` as in
+    ``KernelMappingProblem``."""
+
+    system: System
+    llm: LLMConfig
+    profile: Profile = FIRST_PRINCIPLES
+    granularity: Granularity = "kv_head"
+    weight_bits: float = 8
+    kv_bits: float = 8
+    activation_bits: float = 8
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def workload(self, batch: int, tokens: int) -> Workload:
+        """A decode step of ``batch`` requests that hold ``tokens`` together."""
+        return Workload(
+            llm=self.llm,
+            batch=batch,
+            context=max(1, round(tokens / batch)),
+            state_tokens=tokens,
+            weight_bits=self.weight_bits,
+            kv_bits=self.kv_bits,
+            activation_bits=self.activation_bits,
+        )
+
+    def problem(self, batch: int, tokens: int) -> KernelMappingProblem:
+        """Where to put the slices for that step."""
+        return KernelMappingProblem.build(self.system, self.workload(batch, tokens), profile=self.profile, granularity=self.granularity)
+
+    def prefill(self, prompt: int) -> KernelMappingProblem:
+        """The pass of one prompt of so many tokens through the LLM."""
+        workload = replace(self.workload(1, 1), phase="prefill", context=prompt, state_tokens=None)
+        return KernelMappingProblem.build(self.system, workload, profile=self.profile, granularity=self.granularity)
+
+    def prefill_time(self, prompt: int, plan: KernelMappingPlan) -> float:
+        """Seconds of that pass with weights and state where ``plan`` puts them."""
+        found = self._kept.get(("prefill", prompt))
+        if found is None:
+            if len(self._kept) > 1024:
+                self._kept.clear()
+            found = self._kept[("prefill", prompt)] = self.prefill(prompt)
+        return float(found.evaluate(plan).latency)
+
+    def tables(self, batch: ArrayLike, tokens: ArrayLike) -> KernelMappingTables:
+        """Tables of D decode steps of ``batch`` [D] requests that hold ``tokens`` [D]; equal to those of the single problems bit for bit.
+
+        Only attention knows the tokens, and only the other sublayers know the batch: the latter are built once a batch, and attention,
+        linear in tokens, as an array over all steps.
+        """
+        held, sizes = np.asarray(tokens, dtype=np.int64), np.asarray(batch, dtype=np.int64)
+        if held.shape != sizes.shape or held.ndim != 1 or not len(held) or held.min() < 1 or sizes.min() < 1:
+            raise ValueError("tables need a batch and tokens of at least 1 for each of one or more steps; give two lists of one length")
+        distinct, which = np.unique(sizes, return_inverse=True)
+        bases = [self._base(int(size)) for size in distinct]
+        first = bases[0]
+        seconds, pages, traffic, shared = (
+            np.stack([getattr(base, name)[0] for base in bases])[which] for name in ("seconds", "pages", "traffic", "shared")
+        )
+        workload = self.workload(int(distinct[0]), 1)
+        lanes = _lanes(as_systems([self.system]))
+        common = [lane for lane in lanes if len(lane.tiers) > 1]
+        bytes_a_token = np.float64(self.llm.state_elements) * held
+        for k, (kind, parts) in enumerate(_sublayers(workload, self.granularity)):
+            if not parts[0].state_bytes:
+                continue
+            (attention,) = parts
+            state_bytes = (bytes_a_token * self.kv_bits / 8)[:, None]
+            flops = (self.llm.attention_flops * (held * 1.0))[:, None]
+            end = kind.slices + 1
+            for t, name in enumerate(first.tier_names):
+                unit = _Side.of(
+                    (replace(attention, state_bytes=1.0, flops=1.0),),
+                    slices=kind.slices,
+                    llm=self.llm,
+                    profile=self.profile,
+                    granularity=self.granularity,
+                    tier=name,
+                    outer=t in (0, len(first.tier_names) - 1),
+                )
+                side = replace(
+                    unit,
+                    kernels=(replace(attention, state_bytes=state_bytes),),
+                    state=state_bytes * unit.state,
+                    flops=(flops * unit.flops[0],),
+                )
+                pages[:, k, t, :end] = side.pages(first.page[:, [t]])
+                pages[:, k, t, end:] = pages[:, k, t, [kind.slices]]
+                traffic[:, k, t, :end] = side.weights + side.state
+                time = None
+                for lane in lanes:
+                    if lane.tiers == (t,):
+                        own = lane.seconds(side, slice(None))
+                        time = own if time is None else np.maximum(time, own)
+                walks = page_walk_time(pages[:, k, t, :end], self.profile.page_walk, self.profile.page_walks)
+                seconds[:, k, t, :end] = time + walks if walks.any() else time
+                for s, lane in enumerate(common):
+                    if t in lane.tiers:
+                        shared[:, k, s, t, :end] = lane.seconds(side, slice(None))
+        number = (len(held), 1)
+        return KernelMappingTables(
+            kinds=first.kinds,
+            tier_names=first.tier_names,
+            seconds=seconds,
+            shared=shared,
+            pages=pages,
+            traffic=traffic,
+            t_sync=first.t_sync,
+            capacity=np.tile(first.capacity, number),
+            page=np.tile(first.page, number),
+        )
+
+    def most_tokens(self) -> int:
+        """Tokens whose keys and values fit beside the weights, with one split for all layers of a kind.
+
+        For one and two memories it is exact, slice by slice in whole pages. For more it is what fits when one tier after the
+        other is filled, which is at most some slices below the exact number. ValueError if not even one token fits.
+        """
+        room = sum(tier.capacity for tier in self.system.tiers)
+        low, high = 0, int(room / (self.llm.num_hidden_layers * self.llm.state_elements * self.kv_bits / 8)) + 2
+        if not _plan_exists(self.tables([1], [1])):
+            raise ValueError(f"{self.llm.name} on {self.system.name}: {self.problem(1, 1).explain_infeasible()}")
+        low = 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if _plan_exists(self.tables([1], [middle])) else (low, middle)
+        return low
+
+    def check(self, trace: Trace, most_tokens: int) -> None:
+        """ValueError that names the first request that is larger than the system, or than the positions that the LLM knows."""
+        sizes = trace.state_tokens
+        for limit, why in (
+            (
+                most_tokens,
+                f"no more than {most_tokens} fit into {self.system.name} beside the weights of {self.llm.name}; enlarge a memory",
+            ),
+            (self.llm.max_position_embeddings, f"{self.llm.name} knows {self.llm.max_position_embeddings} positions; take another LLM"),
+        ):
+            large = np.flatnonzero(sizes > limit) if limit else ()
+            if len(large):
+                raise ValueError(
+                    f"trace {trace.name!r}: request {large[0]} holds {sizes[large[0]]} tokens at its end, and {why} or leave it out"
+                )
+
+    def _base(self, batch: int) -> KernelMappingTables:
+        found = self._kept.get(("base", batch))
+        if found is None:
+            workload = self.workload(batch, 1)
+            found = KernelMappingTables.build([self.system], workload, profile=self.profile, granularity=self.granularity)
+            self._kept[("base", batch)] = found
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepWindow:
+    """Some iterations whose batch [D] and tokens [D] are known, priced together; methods take the row of one."""
+
+    service: Service
+    batch: Index
+    tokens: Index
+    tables: KernelMappingTables
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(cls, service: Service, batch: ArrayLike, tokens: ArrayLike) -> StepWindow:
+        """The window of these iterations."""
+        tables = service.tables(batch, tokens)
+        return cls(service=service, batch=np.asarray(batch, dtype=np.int64), tokens=np.asarray(tokens, dtype=np.int64), tables=tables)
+
+    def once(self, key: Hashable, make: Callable[[KernelMappingTables], Any]) -> Any:
+        """``make(tables)``, kept under ``key``: what a policy works out for all iterations of the window at once."""
+        if key not in self._kept:
+            self._kept[key] = make(self.tables)
+        return self._kept[key]
+
+    def problem(self, row: int) -> KernelMappingProblem:
+        """The problem of one iteration."""
+        some = {name: getattr(self.tables, name)[row : row + 1] for name in ("seconds", "shared", "pages", "traffic", "capacity", "page")}
+        service = self.service
+        return KernelMappingProblem(
+            tables=replace(self.tables, **some),
+            system=service.system,
+            workload=service.workload(int(self.batch[row]), int(self.tokens[row])),
+            profile=service.profile,
+            granularity=service.granularity,
+        )
+
+    def latency(self, plan: KernelMappingPlan, row: int) -> float:
+        """Seconds of the decode step: ``problem(row).evaluate(plan).latency``; ValueError if it is no plan of this problem."""
+        counts = self._counts(plan)
+        if counts is None:
+            return self.problem(row).evaluate(plan).latency
+        return float(self._priced(counts)[0][row])
+
+    def held(self, plan: KernelMappingPlan, row: int) -> Pages:
+        """Pages [T] on each tier."""
+        counts = self._counts(plan)
+        if counts is None:
+            cost = self.problem(row).evaluate(plan)
+            return np.array(cost.tier_bytes, dtype=np.float64).astype(np.int64) // self.tables.page[row]
+        return self._priced(counts)[1][row]
+
+    def transition(self, previous: KernelMappingPlan, plan: KernelMappingPlan, row: int) -> TransitionCost:
+        """``problem(row).transition(previous, plan)``: bytes that change tier, at the tokens of this iteration, and seconds."""
+        if previous == plan:
+            return TransitionCost(moved={}, latency=0.0)
+        before, after = self._counts(previous), self._counts(plan)
+        if before is None or after is None:
+            return self.problem(row).transition(previous, plan)
+        names, moved = self.tables.tier_names, dict[tuple[str, str], float]()
+        kinds, tiers, pages = np.arange(len(before))[:, None], np.arange(len(names)), self.tables.pages[row]
+        change = (pages[kinds, tiers, after] - pages[kinds, tiers, before]) * self.tables.page[row]
+        for kind, layer in zip(self.tables.kinds, change.tolist(), strict=True):
+            loss = {t: -more for t, more in enumerate(layer) if more < 0}
+            for target, wanted in enumerate(layer):
+                for source in loss if wanted > 0 else ():
+                    step = min(wanted, loss[source])
+                    wanted, loss[source] = wanted - step, loss[source] - step
+                    if step:
+                        way = (names[source], names[target])
+                        moved[way] = moved.get(way, 0.0) + step * kind.layers
+        return TransitionCost(moved=moved, latency=migration_time(self.service.system, moved))
+
+    def plan(self, counts: Sequence[Sequence[int]]) -> KernelMappingPlan:
+        """The plan with ``counts[k][t]`` slices in every layer of kind k."""
+        return self.once(("plan", tuple(map(tuple, counts))), lambda _: KernelMappingPlan.same_in_all_layers(self.problem(0), counts))
+
+    def _counts(self, plan: KernelMappingPlan) -> Index | None:
+        """Slices [K, T] of a plan that splits all layers of a kind alike and is one of this problem; None for others."""
+        key = ("counts", plan)
+        if key not in self._kept:
+            alike = len(plan.splits) == len(self.tables.kinds) and all(
+                len(splits) == 1
+                and splits[0].layers == kind.layers
+                and len(splits[0].counts) == len(self.tables.tier_names)
+                and sum(splits[0].counts) == kind.slices
+                for kind, splits in zip(self.tables.kinds, plan.splits, strict=True)
+            )
+            self._kept[key] = np.array([splits[0].counts for splits in plan.splits], dtype=np.int64) if alike else None
+        return self._kept[key]
+
+    def _priced(self, counts: Index) -> tuple[Array, Pages]:
+        """Seconds [D] and pages [D, T] of a split in all iterations."""
+        key = ("priced", counts.tobytes())
+        if key not in self._kept:
+            kinds = np.arange(len(counts))
+            seconds, pages = self.tables.split_seconds(kinds, counts), self.tables.split_pages(kinds, counts)
+            total, held = 0.0, np.zeros(1, dtype=np.int64)
+            for k, kind in enumerate(self.tables.kinds):  # in the order of kinds, as evaluate adds them
+                total = total + kind.layers * seconds[:, k]
+                held = held + kind.layers * pages[:, k]
+            self._kept[key] = total, held
+        return self._kept[key]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PolicyState:
+    """What a policy decides on: the batch, the plan in force (None before the first iteration), and the costs of this iteration.
+
+    ``row`` is this iteration's in ``window``, which may hold later ones: a policy may work out several at once, for speed, but must not
+    choose by what is to come. ``longest``: the problem with the most requests and tokens that can ever run together.
+    """
+
+    serving: ServingState
+    previous: KernelMappingPlan | None
+    window: StepWindow
+    row: int
+    longest: KernelMappingProblem
+
+    @property
+    def problem(self) -> KernelMappingProblem:
+        """The kernel mapping of this iteration."""
+        return self.window.problem(self.row)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of sublayer."""
+        return self.window.tables.kinds
+
+    def latency(self, plan: KernelMappingPlan) -> float:
+        """Seconds of this iteration's decode step under a plan."""
+        return self.window.latency(plan, self.row)
+
+    def fits(self, plan: KernelMappingPlan) -> bool:
+        """Whether a plan overflows no tier in this iteration."""
+        return bool(np.all(self.window.held(plan, self.row) <= self.window.tables.capacity[self.row]))
+
+    def transition(self, plan: KernelMappingPlan) -> TransitionCost:
+        """What it costs to go from the plan in force to another; nothing before the first iteration."""
+        if self.previous is None:
+            return TransitionCost(moved={}, latency=0.0)
+        return self.window.transition(self.previous, plan, self.row)
+
+    def explain_overflow(self, plan: KernelMappingPlan) -> str:
+        """Which tier holds how much too much."""
+        tables, held = self.window.tables, self.window.held(plan, self.row)
+        rows = zip(tables.tier_names, held.tolist(), tables.capacity[self.row].tolist(), tables.page[self.row].tolist(), strict=True)
+        return ", ".join(
+            f"{name} holds {pages * page / GB:.6g} GB of {room * page / GB:.6g} GB" for name, pages, room, page in rows if pages > room
+        )
+
+
+def _plan_exists(tables: KernelMappingTables) -> bool:
+    """Whether some grouped plan of one design fits: exactly for one and two memories, for more whether filling tier by tier succeeds."""
+    held = [kind.layers * tables.pages[0, k, :, : kind.slices + 1] for k, kind in enumerate(tables.kinds)]
+    room = tables.capacity[0]
+    if len(room) != 2:
+        left = [kind.slices for kind in tables.kinds]
+        for t, free in enumerate(room.tolist()):
+            for k, pages in enumerate(held):
+                most = min(int(np.searchsorted(pages[t], free, side="right")) - 1, left[k])
+                left[k] -= most
+                free -= int(pages[t, most])
+        return not any(left)
+    halves = []
+    for part in (held[: len(held) // 2], held[len(held) // 2 :]):
+        sums = np.zeros((2, 1), dtype=np.int64)
+        for pages in part:
+            sums = (sums[:, :, None] + np.stack([pages[0], pages[1, ::-1]])[:, None, :]).reshape(2, -1)
+        halves.append(sums)
+    (first, second), (other_first, other_second) = halves
+    order = np.argsort(other_first, kind="stable")
+    least = np.minimum.accumulate(other_second[order])
+    found = np.searchsorted(other_first[order], room[0] - first, side="right") - 1
+    return bool(np.any((found >= 0) & (second + least[np.maximum(found, 0)] <= room[1])))
