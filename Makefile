@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench quick clean
+.PHONY: help demo test bench peers quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: build/tools ## all tests, style and types, on the installed wheel
 
 bench: build/tools ## every benchmark against its target; rows in build/bench.json
 	$(BIN)/python benchmarks/run.py
+
+peers: build/tools ## one decode step beside other tools, which it installs from PyPI into build/peers
+	$(BIN)/python benchmarks/peers.py --env build/peers
 
 quick: .venv/installed ## tests on an editable install, up to the first failure
 	.venv/bin/pytest -x -q

@@ -207,9 +207,17 @@ class SplitSteps:
         up, down = (self._added([both[way] for both in moved]) for way in (0, 1))
         return np.asarray(self.up.seconds(up) + self.down.seconds(down)).ravel()
 
+    def pairs(self, iteration: int, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> Array:
+        """Seconds [S, R] to go from each of the plans ``sources`` [S] to each of ``targets`` [R] before an iteration."""
+        before, after = np.unravel_index(sources, self.shape), np.unravel_index(targets, self.shape)
+        total = np.zeros((2, len(sources), len(targets)), dtype=np.int64)
+        for k in range(len(self.kinds)):
+            total += self.moved(iteration, k, before[k][:, None], after[k])
+        return self.up.seconds(total[0]) + self.down.seconds(total[1])
+
     def migration(self, iteration: int) -> Array:
         """Seconds [P, P] to go from one plan to another before an iteration; for few plans."""
-        return np.stack([self.arrival(iteration, plan) for plan in range(self.plans)], axis=1)
+        return self.pairs(iteration, np.arange(self.plans), np.arange(self.plans))
 
     def along(self, path: Path) -> tuple[Array, Array]:
         """Seconds [I] of the iterations of a path, and [I - 1] of the migrations before all but the first."""

@@ -11,8 +11,8 @@ least seconds V_i(q) with which iteration i can end under plan q:
 
     V_i(q) = stage_i(q) + min_p [ V_(i-1)(p) + migration_i(p, q) ]
 
-``DynamicProgramClairvoyant``: any number of iterations. ``MilpClairvoyant``: the program above by PuLP, for small traces.
-``ClairvoyantBound``: a lower bound over all plans, also where the two look at some plans only.
+``DynamicProgramClairvoyant``: any number of iterations, over a grid of plans. ``ExactClairvoyant``: over all plans, hundreds of
+iterations. ``MilpClairvoyant``: the program above by PuLP, for small traces. ``ClairvoyantBound``: a lower bound over all plans.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -160,12 +160,17 @@ def _shortest_path(problem: ClairvoyantProblem) -> Path | None:
 
 def _values(problem: ClairvoyantProblem) -> Iterator[Array]:
     """V_i [P] of every iteration."""
-    start = problem.start()
-    values = problem.stage(0) + (0.0 if start is None else start)
+    values = _first(problem)
     yield values
     for i in range(1, problem.iterations):
         values = _next(problem, i, values)
         yield values
+
+
+def _first(problem: ClairvoyantProblem) -> Array:
+    """V_0 [P], also F_0."""
+    start = problem.start()
+    return problem.stage(0) + (0.0 if start is None else start)
 
 
 def _next(problem: ClairvoyantProblem, iteration: int, values: Array) -> Array:
@@ -258,6 +263,30 @@ def _least_by_steps(values: Array, axis: int, up: Array, down: Array) -> Array:
     return np.moveaxis(planes, 0, axis)
 
 
+def _lower_seconds(steps: SplitSteps, iteration: int, kind: int) -> tuple[Array, Array]:
+    """Least seconds [G - 1] of one slice more on the first memory, and of one less, as part of any move (``ClairvoyantBound``)."""
+    between = np.minimum(np.diff(steps.first[kind][iteration]), -np.diff(steps.second[kind][iteration]))
+    return between / steps.up.bandwidth, between / steps.down.bandwidth
+
+
+def _lower_next(steps: SplitSteps, iteration: int, values: Array) -> Array:
+    """F_i [P] from F_(i-1) [P]: no path that ends iteration i under a plan takes less."""
+    least = values.reshape(steps.shape)
+    for k in range(len(steps.kinds)):
+        up, down = _lower_seconds(steps, iteration, k)
+        least = _least_by_steps(least, k, up, down)
+    return least.ravel() + steps.stage(iteration)
+
+
+def _lower_rest(steps: SplitSteps, iteration: int, values: Array) -> Array:
+    """B_(i-1) [P] from B_i [P]: what comes after iteration i - 1 takes no less."""
+    least = (values + steps.stage(iteration)).reshape(steps.shape)
+    for k in range(len(steps.kinds)):
+        up, down = _lower_seconds(steps, iteration, k)
+        least = _least_by_steps(least, k, down, up)
+    return least.ravel()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClairvoyantBound:
     """Seconds that no path over any plans goes below.
@@ -275,23 +304,205 @@ class ClairvoyantBound:
     def value(self, problem: ClairvoyantProblem) -> float:
         """The bound [s], rounded down; inf if no path exists."""
         steps = problem.steps
-        if not self.migration:
-            if isinstance(steps, TableSteps):
-                return _down(float(steps.stages.min(axis=1).sum()))
-            return _down(float(TableMapping().solve_batch(steps.tables)[0].sum()))
         if isinstance(steps, TableSteps):
-            *_, last = _values(problem)
-            return _down(float(last.min()))
-        start = problem.start()
-        values = (problem.stage(0) + (0.0 if start is None else start)).reshape(steps.shape)
+            if self.migration:
+                *_, last = _values(problem)
+                return _down(float(last.min()))
+            return _down(float(steps.stages.min(axis=1).sum()))
+        if not self.migration:
+            return _down(float(TableMapping().solve_batch(steps.tables)[0].sum()))
+        values = _first(problem)
         for i in range(1, steps.iterations):
-            for k in range(len(steps.kinds)):
-                between = np.minimum(np.diff(steps.first[k][i]), -np.diff(steps.second[k][i]))
-                values = _least_by_steps(values, k, between / steps.up.bandwidth, between / steps.down.bandwidth)
-            values += steps.stage(i).reshape(steps.shape)
+            values = _lower_next(steps, i, values)
         return _down(float(values.min()))
 
 
 def _down(seconds: float) -> float:
     """Moved outward by more than the rounding of the sums of the longest traces."""
     return seconds * (1 - 1e-12)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactClairvoyant:
+    """The optimum over all plans of splits over two memories, by a path on a grid and bounds from both ends of the trace.
+
+    The grid (``counts``, ``include`` as in ``DynamicProgramClairvoyant``) gives a path of U seconds. F_i(p), as in ``ClairvoyantBound``,
+    bounds what leads to plan p in iteration i, and B_i(p), the same backwards, what follows. A path of at most U uses only plans with
+    F_i(p) + B_i(p) <= U: of GPT3-175B's 912,673 a handful, between which moves are priced exactly, pair by pair. Where more than
+    ``most`` are left in an iteration, the grid's path is returned with the bound; so it is where it is within ``relative_gap`` of it.
+    """
+
+    counts: int = 17
+    include: tuple[Path, ...] = ()
+    relative_gap: float = 0.0
+    most: int = 2000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", tuple(map(tuple, self.include)))
+        whole("ExactClairvoyant", "counts", self.counts, "slices a kind", least=2)
+        whole("ExactClairvoyant", "most", self.most, "plans")
+        check_settings(self.relative_gap, None)
+
+    def solve(self, problem: ClairvoyantProblem, /) -> SolverResult[Path]:
+        """The best path; its bound is its own seconds unless too many plans were left."""
+        started = time.perf_counter()
+        grid = DynamicProgramClairvoyant(counts=self.counts, include=self.include, bound=False)
+        known = grid.solve(problem)
+        steps = problem.steps
+        if known.plan is None or known.objective is None or isinstance(steps, TableSteps):
+            return finish(self, problem, known.plan, started=started, optimal=True, infeasible=known.plan is None)
+        kept, bound = self._plans_left(problem, steps, known.objective)
+        path = None if kept is None else _path_among(problem, steps, kept)
+        if path is None:
+            return finish(self, problem, known.plan, started=started, bound=bound, relative_gap=self.relative_gap)
+        return finish(self, problem, path, started=started, optimal=True)
+
+    def _plans_left(self, problem: ClairvoyantProblem, steps: SplitSteps, upper: float) -> tuple[list[NDArray[np.int64]] | None, float]:
+        """The plans of each iteration that a path of ``upper`` seconds can use (None: too many, or not asked for), and a bound."""
+        block = math.isqrt(steps.iterations - 1) + 1
+        values = _first(problem)
+        starts = [values]
+        for i in range(1, steps.iterations):
+            values = _lower_next(steps, i, values)
+            if i % block == 0:
+                starts.append(values)
+        bound = _down(float(values.min()))
+        if upper - bound <= self.relative_gap * upper:
+            return None, bound
+        limit = upper / (1 - 1e-12)  # so that no rounding drops the path that is known
+        kept: list[NDArray[np.int64]] = []
+        rest = np.zeros(steps.plans)
+        while starts:
+            first = (len(starts) - 1) * block
+            forward = [starts.pop()]
+            for i in range(first + 1, min(first + block, steps.iterations)):
+                forward.append(_lower_next(steps, i, forward[-1]))
+            while forward:
+                i = first + len(forward) - 1
+                left = np.flatnonzero(forward.pop() + rest <= limit)
+                if len(left) > self.most:
+                    return None, bound
+                kept.append(left)
+                if i:
+                    rest = _lower_rest(steps, i, rest)
+        return kept[::-1], bound
+
+
+def _path_among(problem: ClairvoyantProblem, steps: SplitSteps, kept: Sequence[NDArray[np.int64]]) -> Path:
+    """The best path over the plans ``kept`` of each iteration."""
+    values = _first(problem)[kept[0]]
+    before: list[NDArray[np.intp]] = []
+    for i in range(1, len(kept)):
+        reached = values[:, None] + steps.pairs(i, kept[i - 1], kept[i])
+        before.append(reached.argmin(axis=0))
+        values = reached.min(axis=0) + steps.stage(i)[kept[i]]
+    place = int(values.argmin())
+    path = [int(kept[-1][place])]
+    for i in range(len(kept) - 1, 0, -1):
+        place = int(before[i - 1][place])
+        path.append(int(kept[i - 1][place]))
+    return tuple(reversed(path))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MilpClairvoyant:
+    """The program of the module's docstring by PuLP, over all plans of a problem: for small traces, up to 200,000 moves."""
+
+    relative_gap: float = 1e-6
+    time_limit: float | None = 60.0
+    seed: int = 0
+
+    def solve(self, problem: ClairvoyantProblem, /) -> SolverResult[Path]:
+        """A path and CBC's proven bound; ValueError if there are too many moves."""
+        from ._pulp import solve_program
+
+        started = time.perf_counter()
+        check_settings(self.relative_gap, self.time_limit, seed=self.seed)
+        flow = flow_program(problem)
+        if flow is None:
+            return finish(self, problem, None, started=started, infeasible=True)
+        answer = solve_program(flow.program, relative_gap=self.relative_gap, time_limit=self.time_limit, seed=self.seed)
+        path = None if answer.values is None else flow.path(answer.values)
+        bound = None if answer.bound is None else answer.bound * flow.unit
+        return finish(
+            self,
+            problem,
+            path,
+            started=started,
+            bound=bound,
+            relative_gap=self.relative_gap,
+            infeasible=answer.infeasible,
+            message="" if path is not None or answer.infeasible else "no path in the time that CBC had; allow more time",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Flow:
+    """The time-expanded flow: ``program`` counts in ``unit`` [s]; variable j leads from plan ``source[j]`` (-1: the start) to plan
+    ``target[j]`` in iteration ``iteration[j]``."""
+
+    program: Program
+    unit: float
+    iteration: NDArray[np.int64]
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+
+    def path(self, values: Array) -> Path | None:
+        """The plans along the variables that are 1; None if they are no path."""
+        path: list[int] = []
+        for j in np.flatnonzero(values > 0.5).tolist():  # variables are in the order of the iterations
+            if self.iteration[j] != len(path) or (path and self.source[j] != path[-1]):
+                return None
+            path.append(int(self.target[j]))
+        return tuple(path) if path and len(path) == self.iteration[-1] + 1 else None
+
+
+def flow_program(problem: ClairvoyantProblem) -> Flow | None:
+    """The shortest path as a program (see the module's docstring); None if some iteration cannot be reached."""
+    from scipy.sparse import csr_array
+
+    most = problem.plans * (1 + (problem.iterations - 1) * problem.plans)
+    if most > MOST_ARCS:
+        raise ValueError(
+            f"MilpClairvoyant takes at most {MOST_ARCS} moves, and {problem.iterations} iterations of {problem.plans} plans have {most}; "
+            "use DynamicProgramClairvoyant"
+        )
+    cost, iterations, sources, targets = [], [], [], []
+    start = problem.start()
+    for i in range(problem.iterations):
+        moves = problem.migration(i) if i else np.zeros((1, problem.plans)) if start is None else start[None]
+        seconds = moves + problem.stage(i)
+        before, after = np.nonzero(np.isfinite(seconds))
+        if not len(after):
+            return None
+        cost.append(seconds[before, after])
+        iterations.append(np.full(len(after), i))
+        sources.append(before if i else np.full(len(after), -1))
+        targets.append(after)
+    iteration, source, target = (np.concatenate(parts).astype(np.int64) for parts in (iterations, sources, targets))
+    # Row 0: one path begins. Row 1 + i P + p: what comes to plan p in iteration i goes on, in all iterations but the last.
+    arcs = np.arange(len(target))
+    begins, goes_on, comes = arcs[iteration == 0], arcs[iteration > 0], arcs[iteration < problem.iterations - 1]
+    rows = [
+        np.zeros(len(begins), dtype=np.int64),
+        1 + (iteration[goes_on] - 1) * problem.plans + source[goes_on],
+        1 + iteration[comes] * problem.plans + target[comes],
+    ]
+    signs = [np.ones(len(begins)), -np.ones(len(goes_on)), np.ones(len(comes))]
+    shape = (1 + (problem.iterations - 1) * problem.plans, len(arcs))
+    equal = csr_array((np.concatenate(signs), (np.concatenate(rows), np.concatenate([begins, goes_on, comes]))), shape=shape)
+    total = np.zeros(shape[0])
+    total[0] = 1.0
+    used = np.diff(equal.indptr) > 0
+    seconds = np.concatenate(cost)
+    unit = float(seconds.max()) or 1.0
+    program = Program(
+        cost=seconds / unit,
+        upper=np.ones(len(arcs)),
+        whole=np.ones(len(arcs), dtype=bool),
+        rows=np.zeros((0, len(arcs))),
+        room=np.zeros(0),
+        equal=equal[used],
+        total=total[used],
+    )
+    return Flow(program=program, unit=unit, iteration=iteration, source=source, target=target)

@@ -166,7 +166,6 @@ def test_the_hbm_at_which_two_memories_beat_lpddr_alone():
         ({"first": lambda x: math.nan}, "'first' must score a number, or None where nothing fits, not nan as at 1.0"),
         ({"second": lambda x: "3 ms"}, "'second' must score a number"),
     ],
-    ids=str,
 )
 def test_bad_input_is_one_sentence(changes, sentence):
     arguments = {"first": float, "second": lambda x: 1.5, "low": 1.0, "high": 3.0} | changes
