@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .. import __version__
-from ..models.checks import whole
+from ..models.checks import shown, whole
 from ..models.hardware import System
 from ..models.kernel_mapping import KernelMappingPlan
 from ..models.kernel_mapping_tables import Granularity
@@ -214,6 +214,8 @@ class _Run:
         try:
             plan = self.policy.decide(state)
             runtime = time.perf_counter() - started
+            if not isinstance(plan, KernelMappingPlan):
+                raise TypeError(f"decide must return a KernelMappingPlan, not {shown(plan)}")
             fits = state.fits(plan)
         except Exception as error:  # whatever a user's policy raises, the rows so far are worth keeping
             raise _Stopped(f"{where}: {type(error).__name__}: {error}") from error

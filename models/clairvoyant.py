@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import inf, prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -103,7 +104,8 @@ class TableSteps:
             if table.shape != (self.plans, self.plans):
                 raise ValueError(f"moves before iteration {iteration} must have the shape {(self.plans,) * 2}, not {table.shape}")
             return table
-        return self.moves if self.moves.ndim == 2 else self.moves[iteration]
+        table = self.moves if self.moves.ndim == 2 else self.moves[iteration]
+        return table
 
     def arrival(self, iteration: int, plan: int) -> Array:
         """Seconds [P] to go from each plan to ``plan`` before an iteration."""
@@ -180,7 +182,7 @@ class SplitSteps:
         chosen = tuple(np.unique(np.asarray(some, dtype=np.int64)) for some in counts)
         places = tuple(np.searchsorted(own, some) for own, some in zip(self.counts, chosen, strict=True))
 
-        def taken(columns: tuple[NDArray[np.generic], ...]) -> tuple[NDArray[np.generic], ...]:
+        def taken(columns: tuple[NDArray[Any], ...]) -> tuple[NDArray[Any], ...]:
             return tuple(column[:, place] for column, place in zip(columns, places, strict=True))
 
         return replace(self, counts=chosen, seconds=taken(self.seconds), first=taken(self.first), second=taken(self.second))
@@ -239,7 +241,7 @@ class SplitSteps:
             total += np.maximum([np.minimum(gain, loss), np.minimum(-gain, -loss)], 0)
         return total[0], total[1]
 
-    def _added(self, terms: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
+    def _added(self, terms: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """Sums [G_1, ..., G_K] of one term a kind, in the order of the kinds."""
         return reduce(np.add, np.ix_(*terms)) if len(terms) > 1 else terms[0].copy()
 
@@ -290,8 +292,8 @@ class ClairvoyantProblem:
                     f"iteration {number} has other kinds of sublayer or memories than iteration 0; use one LLM and one machine"
                 )
         tables = _stacked([problem.tables for problem in problems])
-        problem = cls(steps=_split_steps(tables, machine))
-        return problem if initial is None else replace(problem, initial=problem.number(initial))
+        free = cls(steps=_split_steps(tables, machine))
+        return free if initial is None else replace(free, initial=free.number(initial))
 
     @property
     def iterations(self) -> int:
@@ -316,7 +318,8 @@ class ClairvoyantProblem:
         if self.initial is None:
             return None
         if isinstance(self.steps, TableSteps):
-            return self.steps.migration(0)[self.initial]
+            departure: Array = self.steps.migration(0)[self.initial]
+            return departure
         # What goes up on the way there goes down on the way back.
         return replace(self.steps, up=self.steps.down, down=self.steps.up).arrival(0, self.initial)
 
@@ -410,7 +413,8 @@ def _stacked(tables: Sequence[KernelMappingTables]) -> KernelMappingTables:
     if any(one.shared.shape != tables[0].shared.shape for one in tables):
         raise ValueError("the iterations of a trace must share the same units and links; use one machine")
     arrays = ("seconds", "shared", "pages", "traffic", "capacity", "page")
-    return replace(tables[0], **{name: np.concatenate([getattr(one, name) for one in tables]) for name in arrays})
+    changes: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in tables]) for name in arrays}
+    return replace(tables[0], **changes)
 
 
 def _seconds(name: str, values: ArrayLike) -> Array:

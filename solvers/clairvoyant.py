@@ -263,28 +263,19 @@ def _least_by_steps(values: Array, axis: int, up: Array, down: Array) -> Array:
     return np.moveaxis(planes, 0, axis)
 
 
-def _lower_seconds(steps: SplitSteps, iteration: int, kind: int) -> tuple[Array, Array]:
-    """Least seconds [G - 1] of one slice more on the first memory, and of one less, as part of any move (``ClairvoyantBound``)."""
-    between = np.minimum(np.diff(steps.first[kind][iteration]), -np.diff(steps.second[kind][iteration]))
-    return between / steps.up.bandwidth, between / steps.down.bandwidth
+def _lower_moves(steps: SplitSteps, iteration: int, values: Array, *, backwards: bool = False) -> Array:
+    """min_p values[p] + (no more than migration(p, q)) for every q, [P]; ``backwards``: migration(q, p). See ``ClairvoyantBound``."""
+    least = values.reshape(steps.shape)
+    for k, (first, second) in enumerate(zip(steps.first, steps.second, strict=True)):
+        between = np.minimum(np.diff(first[iteration]), -np.diff(second[iteration]))
+        up, down = between / steps.up.bandwidth, between / steps.down.bandwidth
+        least = _least_by_steps(least, k, *((down, up) if backwards else (up, down)))
+    return least.ravel()
 
 
 def _lower_next(steps: SplitSteps, iteration: int, values: Array) -> Array:
     """F_i [P] from F_(i-1) [P]: no path that ends iteration i under a plan takes less."""
-    least = values.reshape(steps.shape)
-    for k in range(len(steps.kinds)):
-        up, down = _lower_seconds(steps, iteration, k)
-        least = _least_by_steps(least, k, up, down)
-    return least.ravel() + steps.stage(iteration)
-
-
-def _lower_rest(steps: SplitSteps, iteration: int, values: Array) -> Array:
-    """B_(i-1) [P] from B_i [P]: what comes after iteration i - 1 takes no less."""
-    least = (values + steps.stage(iteration)).reshape(steps.shape)
-    for k in range(len(steps.kinds)):
-        up, down = _lower_seconds(steps, iteration, k)
-        least = _least_by_steps(least, k, down, up)
-    return least.ravel()
+    return _lower_moves(steps, iteration, values) + steps.stage(iteration)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,6 +321,7 @@ class ExactClairvoyant:
     bounds what leads to plan p in iteration i, and B_i(p), the same backwards, what follows. A path of at most U uses only plans with
     F_i(p) + B_i(p) <= U: of GPT3-175B's 912,673 a handful, between which moves are priced exactly, pair by pair. Where more than
     ``most`` are left in an iteration, the grid's path is returned with the bound; so it is where it is within ``relative_gap`` of it.
+    What is left grows with the length of the trace, and 16 P sqrt(I) B of memory are needed: for hundreds of iterations.
     """
 
     counts: int = 17
@@ -369,7 +361,7 @@ class ExactClairvoyant:
         bound = _down(float(values.min()))
         if upper - bound <= self.relative_gap * upper:
             return None, bound
-        limit = upper / (1 - 1e-12)  # so that no rounding drops the path that is known
+        limit = upper * (1 + 1e-9)  # so that no rounding drops a path that is as good
         kept: list[NDArray[np.int64]] = []
         rest = np.zeros(steps.plans)
         while starts:
@@ -384,7 +376,7 @@ class ExactClairvoyant:
                     return None, bound
                 kept.append(left)
                 if i:
-                    rest = _lower_rest(steps, i, rest)
+                    rest = _lower_moves(steps, i, rest + steps.stage(i), backwards=True)
         return kept[::-1], bound
 
 

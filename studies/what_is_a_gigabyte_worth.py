@@ -22,9 +22,19 @@ from typing import Any
 import pandas as pd
 
 from memsplit import __version__
-from memsplit.dse import Objective, plot_front, show, study_arguments, write_csv
-from memsplit.dse.break_even import break_even
-from memsplit.dse.explain import Explanation, Worth, explain
+from memsplit.dse import (
+    INTERRUPTED,
+    Explanation,
+    Worth,
+    beside,
+    break_even,
+    explain,
+    finished_rows,
+    plot_lines,
+    show,
+    study_arguments,
+    write_csv,
+)
 from memsplit.models import CacheRatioProblem, KernelMappingProblem, System, Workload
 from memsplit.models.presets import H2M2_SYSTEM, LLMS, SYSTEMS
 from memsplit.models.units import GB, MB, ms
@@ -38,6 +48,9 @@ DEAREST = 1e6
 
 HOURS = 8766.0
 """Hours in a year."""
+
+METHODS = {"dual_ms_per_GB": "dual of the relaxation", "difference_ms_per_GB": "difference of the optimum"}
+"""Columns of the picture, and what they are called in it."""
 
 CURVE = (*range(8, 160, 4), 160, 192, 256)
 """GB of HBM of the picture."""
@@ -106,18 +119,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = study_arguments(__doc__ or "", argv, default_out="what_is_a_gigabyte_worth.csv", extra=money)
     cases, curve = (QUICK, CURVE[::4]) if arguments.quick else (CASES, CURVE)
     earned = arguments.usd_per_hour * HOURS * arguments.years
-    rows = [row for case in cases for row in priced(case, earned)]
+    curve_table, picture = beside(arguments.out, "_curve", ".png")
+    priced_cases, interrupted = finished_rows(priced(case, earned) for case in cases)
+    rows = [row for listed in priced_cases for row in listed]
     known = {"usd_per_hour": arguments.usd_per_hour, "years": arguments.years, "seed": arguments.seed, "version": __version__}
     frame = pd.DataFrame(rows).assign(**known)
     write_csv(arguments.out, frame, provenance={"systems": {case.system: SYSTEMS[case.system] for case in cases}, **known})
+    if interrupted:
+        return INTERRUPTED
     shape = pd.DataFrame([point(size) for size in curve]).assign(**known)
-    beside = arguments.out.with_name(f"{arguments.out.stem}_curve{arguments.out.suffix}")
-    picture = arguments.out.with_suffix(".png")
-    write_csv(beside, shape, provenance={"system": H2M2_SYSTEM, **known})
-    title = f"{DRAWN.llm} at {DRAWN.batch} x {DRAWN.context} tokens: one more GB of HBM"
-    plot_front(shape, [Objective("HBM_capacity_GB"), Objective("latency_s"), Objective("dual_ms_per_GB")], picture, title=title)
+    write_csv(curve_table, shape, provenance={"system": H2M2_SYSTEM, **known})
+    drawn = shape.melt("HBM_capacity_GB", list(METHODS), var_name="method", value_name="worth_ms").replace({"method": METHODS})
+    title = f"{DRAWN.llm} at {DRAWN.batch} x {DRAWN.context} tokens: worth of one more GB of HBM"
+    plot_lines(drawn, picture, x="HBM_capacity_GB", y="worth_ms", by="method", title=title)
     conclude(frame, arguments.usd_per_hour, arguments.years)
-    print(f"Written: {arguments.out}, {beside}, {picture}")
+    print(f"Written: {arguments.out}, {curve_table}, {picture}")
     return 0
 
 
