@@ -13,6 +13,7 @@ from .offload_score import OffloadScore
 from .pareto import Objective, hypervolume, non_dominated, pareto
 from .plots import plot_front, plot_lines
 from .ratio_sweep import RatioSweep
+from .record import record
 from .rerun import explain_row, rerun
 from .samplers import GP, NSGA2, NSGA3, QMC, SAMPLERS, TPE, RandomSearch, Sampler, sampler_named
 from .speedup import H2M2_SWEEPS, Method, h2m2_methods, speedups
@@ -69,6 +70,7 @@ __all__ = [
     "positive",
     "read_designs",
     "read_table",
+    "record",
     "rerun",
     "sampler_named",
     "served",

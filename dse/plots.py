@@ -125,7 +125,8 @@ def plot_lines(frame: pd.DataFrame, path: str | Path, *, x: str, y: str, by: str
             at = part[x] / axis_x.unit
             axes.plot(at, part[y] / axis_y.unit, color=colour, marker="o", markersize=4, linewidth=1.6, label=str(name))
             if band is not None:
-                axes.fill_between(at, *(part[end] / axis_y.unit for end in band), color=colour, alpha=0.15, linewidth=0)
+                low, high = (part[end] / axis_y.unit for end in band)
+                axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set(xscale=axis_x.scale, yscale=axis_y.scale, title=title, xlabel=axis_x.label, ylabel=axis_y.label)
         axis_x.dress(axes.xaxis)
         axis_y.dress(axes.yaxis)

@@ -19,7 +19,7 @@ import pandas as pd
 from .. import __version__
 from ..models.checks import shown, whole
 from ..models.hardware import System
-from ..models.kernel_mapping import KernelMappingPlan
+from ..models.kernel_mapping import KernelMappingPlan, TransitionCost
 from ..models.kernel_mapping_tables import Granularity
 from ..models.llm import LLMConfig
 from ..models.profiles import FIRST_PRINCIPLES, Profile
@@ -185,30 +185,27 @@ class _Run:
                 counts = state.ahead(self.limits, size)
                 ahead, row = StepWindow.of(self.service, *counts), 0
                 bare_ahead = ahead if bare is self.service else StepWindow.of(bare, *counts)
-            plan, runtime = self._decided(PolicyState(serving=state, previous=previous, window=ahead, row=row, longest=longest))
+            decision = PolicyState(serving=state, previous=previous, window=ahead, row=row, longest=longest)
+            plan, transition, runtime = self._decided(decision)
             decode = ahead.latency(plan, row)
             paging = 0.0 if bare_ahead is ahead or bare_ahead is None else decode - bare_ahead.latency(plan, row)
-            moved, migrating = 0.0, 0.0
-            if previous is not None and plan != previous:
-                transition = ahead.transition(previous, plan, row)
-                moved, migrating = sum(transition.moved.values()), transition.latency
+            moved, migrating = sum(transition.moved.values()), 0.0 if self.migration == "free" else transition.latency
             new = state.trace.prompt_tokens[joined : state.waiting].tolist() if self.prefill else ()
             prefill = sum(self.service.prefill_time(prompt, plan) for prompt in new)
             seconds = prefill + decode
-            if self.migration != "free":
-                seconds = max(seconds, migrating) if self.migration == "overlapped" else seconds + migrating
+            seconds = max(seconds, migrating) if self.migration == "overlapped" else seconds + migrating
             number, at_work, due, size_now = state.iteration, state.running, state.remaining == 1, state.batch
             state = state.stepped(seconds)
             self.first_token[joined : state.waiting] = state.clock
             self.finished[at_work[due]] = state.clock
             held = (ahead.held(plan, row) * ahead.tables.page[row] / GB).tolist()
-            costs = (decode, prefill, moved / GB, migrating if self.migration != "free" else 0.0, paging, seconds, runtime)
+            costs = (decode, prefill, moved / GB, migrating, paging, seconds, runtime)
             yield (number, state.clock, size_now, tokens, *held, *self._shown(plan), *costs)
             previous = plan
             row += 1
 
-    def _decided(self, state: PolicyState) -> tuple[KernelMappingPlan, float]:
-        """The policy's plan, which fits, and the seconds it took to decide."""
+    def _decided(self, state: PolicyState) -> tuple[KernelMappingPlan, TransitionCost, float]:
+        """The policy's plan, which fits, what it takes to get there, and the seconds it took to decide."""
         where = f"policy {self.name}, iteration {state.serving.iteration}"
         started = time.perf_counter()
         try:
@@ -216,12 +213,13 @@ class _Run:
             runtime = time.perf_counter() - started
             if not isinstance(plan, KernelMappingPlan):
                 raise TypeError(f"decide must return a KernelMappingPlan, not {shown(plan)}")
-            fits = state.fits(plan)
+            if not state.fits(plan):
+                raise _Stopped(f"{where}: the plan does not fit: {state.explain_overflow(plan)}")
+            return plan, state.transition(plan), runtime
+        except _Stopped:
+            raise
         except Exception as error:  # whatever a user's policy raises, the rows so far are worth keeping
             raise _Stopped(f"{where}: {type(error).__name__}: {error}") from error
-        if not fits:
-            raise _Stopped(f"{where}: the plan does not fit: {state.explain_overflow(plan)}")
-        return plan, runtime
 
     def _shown(self, plan: KernelMappingPlan) -> tuple[Any, ...]:
         """Slices of each kind on the first tier, and the plan as a text."""

@@ -95,7 +95,8 @@ class TableSteps:
 
     def stage(self, iteration: int) -> Array:
         """Seconds [P] of an iteration under each plan."""
-        return self.stages[iteration]
+        row: Array = self.stages[iteration]
+        return row
 
     def migration(self, iteration: int) -> Array:
         """Seconds [P, P] to go from one plan to another before an iteration."""
@@ -104,8 +105,8 @@ class TableSteps:
             if table.shape != (self.plans, self.plans):
                 raise ValueError(f"moves before iteration {iteration} must have the shape {(self.plans,) * 2}, not {table.shape}")
             return table
-        table = self.moves if self.moves.ndim == 2 else self.moves[iteration]
-        return table
+        between: Array = self.moves if self.moves.ndim == 2 else self.moves[iteration]
+        return between
 
     def arrival(self, iteration: int, plan: int) -> Array:
         """Seconds [P] to go from each plan to ``plan`` before an iteration."""

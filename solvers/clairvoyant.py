@@ -39,6 +39,9 @@ MOST_PAIRS = 2**22
 MOST_ARCS = 200_000
 """Moves that ``MilpClairvoyant`` takes at most."""
 
+MOST_STATES = 2 * 10**9
+"""Iterations x plans up to which bounds charge for moves: half a minute of one core, 2,000 iterations of GPT3-175B."""
+
 INFORMATIVE = 0.05
 """A bound further than this from the best policy says little about it."""
 
@@ -75,8 +78,8 @@ class DynamicProgramClairvoyant:
     The plans of a problem of tables are all looked at. Those of splits over two memories are too many (97^3): the grid has every
     combination of ``counts`` evenly spaced numbers of slices a kind, of the numbers that the optimum of some iteration has, and of
     those in the paths ``include``; so its best path is no worse than these paths and than the best plan of each iteration, moves
-    included. ``counts`` None: all plans. ``bound`` False: no bound over all plans (``ClairvoyantBound``), which may take longer than
-    the path.
+    included. ``counts`` None: all plans. ``bound`` False: no bound over all plans (``ClairvoyantBound``, with free moves for more than
+    2e9 iterations x plans), which may take longer than the path.
 
     A move between splits is priced kind by kind, so that the minimum over P plans takes P x (counts of a kind) steps for each kind
     instead of P^2, and only P where the bytes of a kind are a weighted distance. Every sqrt(I)-th V is kept, and those between are
@@ -106,7 +109,8 @@ class DynamicProgramClairvoyant:
         found = _shortest_path(ClairvoyantProblem(steps=grid, initial=initial))
         path = None if found is None else tuple(_renumbered(found, grid, problem.steps))
         whole_space = grid.plans == problem.plans
-        bound = ClairvoyantBound().value(problem) if self.bound and not whole_space else None
+        charged = problem.iterations * problem.plans <= MOST_STATES
+        bound = ClairvoyantBound(migration=charged).value(problem) if self.bound and not whole_space else None
         return finish(self, problem, path, started=started, bound=bound, optimal=whole_space, infeasible=path is None)
 
 
@@ -160,11 +164,9 @@ def _shortest_path(problem: ClairvoyantProblem) -> Path | None:
 
 def _values(problem: ClairvoyantProblem) -> Iterator[Array]:
     """V_i [P] of every iteration."""
-    values = _first(problem)
-    yield values
+    yield (values := _first(problem))
     for i in range(1, problem.iterations):
-        values = _next(problem, i, values)
-        yield values
+        yield (values := _next(problem, i, values))
 
 
 def _first(problem: ClairvoyantProblem) -> Array:
@@ -223,15 +225,11 @@ def _least_of_kind(steps: SplitSteps, iteration: int, kind: int, values: Array, 
     if (gain <= loss).all() or (gain >= loss).all():
         # The smaller of two sums is then the sum of the smaller terms: a move over many counts is one from count to count.
         between = np.minimum(gain, loss)
-        return _least_by_steps(
-            values,
-            kind,
-            _allowed(between, steps.up.bandwidth, rise),
-            _allowed(between, steps.down.bandwidth, fall),
-        )
+        up, down = _allowed(between, steps.up.bandwidth, rise), _allowed(between, steps.down.bandwidth, fall)
+        return _least_by_steps(values, kind, up, down)
     places = np.arange(len(steps.counts[kind]))
-    up, down = steps.moved(iteration, kind, places[:, None], places)
-    cost = _allowed(up, steps.up.bandwidth, rise) + _allowed(down, steps.down.bandwidth, fall)
+    raised, lowered = steps.moved(iteration, kind, places[:, None], places)
+    cost = _allowed(raised, steps.up.bandwidth, rise) + _allowed(lowered, steps.down.bandwidth, fall)
     by_kind = np.moveaxis(values, kind, 0)
     before = np.ascontiguousarray(by_kind).reshape(len(places), -1)
     least = np.full_like(before, np.inf)
@@ -416,22 +414,14 @@ class MilpClairvoyant:
         answer = solve_program(flow.program, relative_gap=self.relative_gap, time_limit=self.time_limit, seed=self.seed)
         path = None if answer.values is None else flow.path(answer.values)
         bound = None if answer.bound is None else answer.bound * flow.unit
-        return finish(
-            self,
-            problem,
-            path,
-            started=started,
-            bound=bound,
-            relative_gap=self.relative_gap,
-            infeasible=answer.infeasible,
-            message="" if path is not None or answer.infeasible else "no path in the time that CBC had; allow more time",
-        )
+        message = "" if path is not None or answer.infeasible else "no path in the time that CBC had; allow more time"
+        gap, none = self.relative_gap, answer.infeasible
+        return finish(self, problem, path, started=started, bound=bound, relative_gap=gap, infeasible=none, message=message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Flow:
-    """The time-expanded flow: ``program`` counts in ``unit`` [s]; variable j leads from plan ``source[j]`` (-1: the start) to plan
-    ``target[j]`` in iteration ``iteration[j]``."""
+    """A time-expanded flow in ``unit`` [s]: variable j leads from plan ``source[j]`` (-1: start) to ``target[j]`` in ``iteration[j]``."""
 
     program: Program
     unit: float
@@ -483,9 +473,8 @@ def flow_program(problem: ClairvoyantProblem) -> Flow | None:
     signs = [np.ones(len(begins)), -np.ones(len(goes_on)), np.ones(len(comes))]
     shape = (1 + (problem.iterations - 1) * problem.plans, len(arcs))
     equal = csr_array((np.concatenate(signs), (np.concatenate(rows), np.concatenate([begins, goes_on, comes]))), shape=shape)
-    total = np.zeros(shape[0])
-    total[0] = 1.0
-    used = np.diff(equal.indptr) > 0
+    total = np.eye(1, shape[0])[0]
+    used = np.diff(equal.indptr) > 0  # not the rows of plans that are neither reached nor left
     seconds = np.concatenate(cost)
     unit = float(seconds.max()) or 1.0
     program = Program(

@@ -157,7 +157,7 @@ def priced(case: Case, earned: float) -> list[dict[str, Any]]:
     """The rows of a case; ``earned`` [USD] in a machine's life."""
     system = SYSTEMS[case.system]
     found = explain(case.problem(system))
-    known = {"system": case.system, "problem": "kernel_mapping" if case.mapped else "cache_ratio", "llm": case.llm}
+    known: dict[str, Any] = {"system": case.system, "problem": "kernel_mapping" if case.mapped else "cache_ratio", "llm": case.llm}
     known |= {"batch": case.batch, "context_tokens": case.context, "bits": case.bits}
     if found.result.objective is None:
         return [known | {"status": found.result.status.value, "resource": "", "reason": found.result.message}]

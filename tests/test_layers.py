@@ -22,7 +22,7 @@ TOP_LEVEL = {
 VENDORS = {
     "pulp": ("solvers/_pulp.py",),
     "ortools": ("solvers/_cpsat.py",),
-    "optuna": ("dse/explore.py", "dse/_search.py", "dse/_storage.py", "dse/samplers.py"),
+    "optuna": ("dse/explore.py", "dse/_search.py", "dse/_storage.py", "dse/record.py", "dse/samplers.py"),
     "matplotlib": ("dse/plots.py",),
     "numba": ("solvers/_table_compiled.py",),
 }

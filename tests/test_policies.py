@@ -1,0 +1,175 @@
+"""Policies: each decides what its solver would for the iteration on its own, and moves when it says it does."""
+
+import math
+import pickle
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from strategies import dense_llms, llms, profiles, systems
+from test_serving import linked
+
+from memsplit.dse.replay import replay
+from memsplit.models import KernelMappingPlan, Workload
+from memsplit.models.presets import DEEPSEEK_V3, GPT3_175B, H2M2_CXL_SYSTEM, H2M2_SYSTEM, LLAMA2_70B, LPDDR_ONLY_SYSTEM
+from memsplit.models.serving import PolicyState, Service, ServingState, StepWindow, _plan_exists
+from memsplit.models.trace import fixed_trace, h2m2_trace
+from memsplit.models.units import TB
+from memsplit.solvers import GreedyMapping, PatternMapping, TableMapping, UniformMapping
+from memsplit.solvers.policies import FlexGenStatic, Greedy, Hysteresis, Myopic, SingleTier, Static
+
+POLICIES = (Static(), FlexGenStatic(), SingleTier(), Greedy(), Myopic(), Hysteresis())
+TRACE = h2m2_trace(5, batch=32, iterations=24)
+NOBODY = ServingState.start(fixed_trace(1, prompt_tokens=1, output_tokens=1))
+
+
+def state_of(service: Service, steps: list[tuple[int, int]], row: int = 0, previous: KernelMappingPlan | None = None) -> PolicyState:
+    """The state before one of some iterations; the last one has the most tokens."""
+    window = StepWindow.of(service, *zip(*steps, strict=True))
+    return PolicyState(serving=NOBODY, previous=previous, window=window, row=row, longest=window.problem(len(steps) - 1))
+
+
+def run(policy, trace=TRACE, system=H2M2_SYSTEM, llm=GPT3_175B, **settings):
+    return replay(policy, trace, system, llm, batch_limit=32, prefill=False, **settings)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+def test_a_policy_is_a_frozen_value_that_pickles(policy):
+    assert type(policy).__dataclass_params__.frozen
+    assert not hasattr(policy, "__dict__")
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert hash(replace(policy)) == hash(policy)
+
+
+@given(st.data())
+@settings(max_examples=50)
+def test_greedy_and_myopic_decide_in_a_window_as_their_solvers_do_alone(data):
+    """Iterations of several batches together; where the greedy algorithm finds no plan, so does the policy."""
+    llm = data.draw(llms())
+    service = Service(system=data.draw(systems(Workload(llm=llm, batch=4, context=9))), llm=llm, profile=data.draw(profiles))
+    steps = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 36)), min_size=1, max_size=4))
+    for row, step in enumerate(steps):
+        problem = service.problem(*step)
+        for policy, solver in (
+            (Greedy(), GreedyMapping()),
+            (Myopic(), TableMapping()),
+            (Greedy(order=("fc",)), GreedyMapping(order=("fc",))),
+        ):
+            expected = solver.solve(problem)
+            state = state_of(service, steps, row)
+            if expected.plan is None:
+                with pytest.raises(ValueError, match=type(solver).__name__):
+                    policy.decide(state)
+            else:
+                assert policy.decide(state) == expected.plan
+
+
+@pytest.mark.parametrize("llm", [GPT3_175B, LLAMA2_70B, DEEPSEEK_V3])
+def test_so_they_do_for_published_llms(llm):
+    system = H2M2_SYSTEM.with_tier("LPDDR", capacity=1 * TB)
+    service = Service(system=system, llm=llm)
+    steps = [(32, 20_000), (31, 50_000), (8, 3_000)]
+    for row, step in enumerate(steps):
+        assert Greedy().decide(state_of(service, steps, row)) == GreedyMapping().solve(service.problem(*step)).plan
+        assert Myopic(compiled=False).decide(state_of(service, steps, row)) == TableMapping().solve(service.problem(*step)).plan
+
+
+@pytest.mark.parametrize(("policy", "solver"), [(Static(), TableMapping()), (FlexGenStatic(), UniformMapping())])
+def test_static_policies_plan_once_for_the_most_that_can_run(policy, solver):
+    result = run(policy)
+    service = Service(system=H2M2_SYSTEM, llm=GPT3_175B)
+    longest = service.problem(32, TRACE.most_state_tokens(32))
+    assert set(result.rows["plan"]) == {str(solver.solve(longest).plan)}
+    assert result.summary["migrations"] == 0
+    assert result.summary["migration_GB"] == 0
+    assert result.rows["migration_s"].sum() == 0
+
+
+def test_a_single_tier_is_the_first_or_the_one_that_is_named():
+    state = state_of(Service(system=H2M2_SYSTEM, llm=LLAMA2_70B), [(4, 4000)])
+    assert [splits[0].counts[1] for splits in SingleTier().decide(state).splits] == [0, 0, 0]
+    assert [splits[0].counts[0] for splits in SingleTier(tier="LPDDR").decide(state).splits] == [0, 0, 0]
+    with pytest.raises(ValueError, match="CXL"):
+        SingleTier(tier="CXL").decide(state)
+
+
+def test_no_policys_plan_is_faster_than_the_myopic_one():
+    """All requests are there from the start, so that every policy sees the same batches; equal sums in the same order are equal bits."""
+    optimum = run(Myopic(), migration="free").rows
+    for policy in (Static(), FlexGenStatic(), SingleTier(tier="LPDDR"), Greedy(), Hysteresis(), Hysteresis(horizon=0)):
+        rows = run(policy).rows
+        assert (rows["tokens"] == optimum["tokens"]).all()
+        assert (rows["decode_s"] >= optimum["decode_s"]).all()
+        assert rows["clock_s"].iloc[-1] >= optimum["clock_s"].iloc[-1]
+
+
+def test_hysteresis_between_never_and_always():
+    """With no horizon it moves only where the plan in force overflows; with an endless one every step is as fast as the myopic one."""
+    trace = h2m2_trace(1, iterations=96)
+    never, some, always = (run(Hysteresis(horizon=horizon), trace) for horizon in (0, 32, math.inf))
+    myopic = run(Myopic(), trace)
+    assert (always.rows["decode_s"] == myopic.rows["decode_s"]).all()
+    assert always.summary["migration_GB"] <= myopic.summary["migration_GB"]
+    assert 0 < never.summary["migrations"] <= some.summary["migrations"] <= always.summary["migrations"]
+    assert never.summary["migration_GB"] < myopic.summary["migration_GB"]
+
+
+@dataclass(frozen=True)
+class Costly:
+    """The decision of ``Hysteresis``, checked against its rule worked out from the single problems."""
+
+    policy: Hysteresis
+
+    def decide(self, state):
+        plan = self.policy.decide(state)
+        optimum = TableMapping().solve(state.problem).plan
+        if state.previous is None or not state.problem.evaluate(state.previous).fits:
+            assert plan == optimum
+        else:
+            gain = state.problem.evaluate(state.previous).latency - state.problem.evaluate(optimum).latency
+            pays = self.policy.horizon * gain > state.problem.transition(state.previous, optimum).latency
+            assert plan == (optimum if pays else state.previous)
+        return plan
+
+
+@pytest.mark.parametrize("horizon", [4, 64])
+def test_hysteresis_keeps_to_its_rule(horizon):
+    result = run(Costly(Hysteresis(horizon=horizon)), h2m2_trace(1, iterations=48))
+    assert result.stopped == ""
+
+
+@pytest.mark.parametrize("horizon", [-1, math.nan, "soon"])
+def test_a_horizon_that_is_none_is_refused(horizon):
+    with pytest.raises(ValueError, match="horizon"):
+        Hysteresis(horizon=horizon)
+
+
+def test_one_and_three_memories_are_planned_too():
+    one = state_of(Service(system=LPDDR_ONLY_SYSTEM, llm=LLAMA2_70B), [(4, 4000)])
+    for policy in (Greedy(), Myopic(), SingleTier(), Hysteresis(), FlexGenStatic()):
+        assert [splits[0].counts for splits in policy.decide(one).splits] == [(8,), (8,), (64,)]
+    service = Service(system=H2M2_CXL_SYSTEM, llm=LLAMA2_70B)
+    three = state_of(service, [(64, 200_000)])
+    assert Greedy().decide(three) == GreedyMapping().solve(three.problem).plan
+    assert three.latency(Myopic().decide(three)) == PatternMapping().solve(three.problem).objective
+    assert three.fits(Static(solver=PatternMapping()).decide(three))
+
+
+@given(st.data())
+@settings(max_examples=20)
+def test_decisions_do_not_depend_on_the_window(data):
+    """What is priced together changes nothing: the same plans with windows of 1 and of 7 iterations."""
+    llm = data.draw(dense_llms())
+    system = linked(data.draw(systems(Workload(llm=llm, batch=4, context=12), ample=data.draw(st.booleans()))))
+    service = Service(system=system, llm=llm)
+    assume(_plan_exists(service.tables([1], [12])))
+    trace = h2m2_trace(data.draw(st.integers(0, 50)), batch=3, iterations=9, shortest=2, longest=12, mean_output=3.0)
+    policy = data.draw(st.sampled_from([Greedy(), Myopic(), Hysteresis(horizon=3)]))
+    profile = data.draw(profiles)
+    rows = []
+    for window in (1, 7):
+        result = replay(policy, trace, system, llm, batch_limit=3, profile=profile, window=window)
+        rows.append(result.rows.drop(columns="decide_runtime_s"))
+    np.testing.assert_array_equal(*(frame.to_numpy() for frame in rows))
