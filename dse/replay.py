@@ -91,7 +91,7 @@ def replay(
         policy=policy,
         name=type(policy).__name__ if name is None else name,
         service=service,
-        limits=ServingLimits(batch=batch, tokens=min(fits, trace.most_state_tokens(batch))),
+        limits=ServingLimits(batch=batch, tokens=fits),
         prefill=prefill,
         migration=migration,
         window=window,
@@ -171,7 +171,7 @@ class _Run:
         """Serve the trace, one row an iteration."""
         state = ServingState.start(trace)
         batch = min(self.limits.batch, len(trace))
-        longest = self.service.problem(batch, self.limits.tokens)
+        longest = self.service.problem(batch, min(self.limits.tokens, batch * int(trace.state_tokens.max())))
         bare = self.service if not self.service.profile.page_walk else _without_walks(self.service)
         ahead, bare_ahead, row, size = None, None, 0, 1
         previous: KernelMappingPlan | None = None

@@ -173,6 +173,21 @@ class System:
             raise ValueError(f"system {self.name!r} has no unit {name!r}; units are {[unit.name for unit in self.units]}")
         return replace(self, units=tuple(replace(unit, **changes) if unit.name == name else unit for unit in self.units))
 
+    def with_scaled_unit(self, name: str, factor: float) -> System:
+        """This system with ``factor`` times the peaks of one unit, and of its area, cost and static power, as far as they are known."""
+        unit = next((one for one in self.units if one.name == name), None)
+        scaled = ("matrix_peak", "vector_peak", "area", "cost", "static_power")
+        known = {field: value for field in scaled if (value := getattr(unit, field, None)) is not None}
+        return self.with_unit(name, **{field: value * factor for field, value in known.items()})
+
+    def with_resized_tier(self, name: str, capacity: float) -> System:
+        """This system with another capacity [B] of one tier, and its static power in proportion."""
+        tier = self.tier(name)
+        power = tier.static_power
+        if power is not None and tier.capacity:
+            power *= capacity / tier.capacity
+        return self.with_tier(name, capacity=capacity, static_power=power)
+
     def with_page(self, page: int) -> System:
         """This system with pages of ``page`` bytes on every tier; 1 turns paging off."""
         return replace(self, tiers=tuple(replace(tier, page=page) for tier in self.tiers))

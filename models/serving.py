@@ -423,7 +423,8 @@ class PolicyState:
     """What a policy decides on: the batch, the plan in force (None before the first iteration), and the costs of this iteration.
 
     ``row`` is this iteration's in ``window``, which may hold later ones: a policy may work out several at once, for speed, but must not
-    choose by what is to come. ``longest``: the problem with the most requests and tokens that can ever run together.
+    choose by what is to come. ``longest``: the problem of a full batch of requests as long as the longest one, or of as many tokens as fit,
+    for plans that are made once.
     """
 
     serving: ServingState

@@ -93,10 +93,6 @@ class Trace:
         """Tokens that each request holds in its last step [N]."""
         return self.prompt_tokens + self.output_tokens - 1
 
-    def most_state_tokens(self, batch: int) -> int:
-        """Tokens that no ``batch`` requests running together exceed: those of the largest ones."""
-        return int(np.sort(self.state_tokens)[-batch:].sum())
-
     @classmethod
     def from_arrays(cls, name: str, arrived_at: Sequence[float], prompt_tokens: Sequence[int], output_tokens: Sequence[int]) -> Trace:
         """A trace of three columns of one length."""

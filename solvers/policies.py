@@ -33,7 +33,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Static:
-    """One plan for all iterations: that of ``solver`` for the most requests and tokens that can ever run together."""
+    """One plan for all iterations: that of ``solver`` for a full batch of the longest requests."""
 
     solver: Solver = field(default_factory=TableMapping)
 
@@ -50,7 +50,7 @@ class FlexGenStatic(Static):
     solver: Solver = field(default_factory=UniformMapping)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SingleTier:
     """Everything on one tier: the first, unless it is named."""
 
@@ -60,7 +60,7 @@ class SingleTier:
         """All slices there."""
         if state.previous is not None:
             return state.previous
-        return SingleTierMapping(tier=self.tier).solve(state.longest).unwrap()
+        return SingleTierMapping(self.tier).solve(state.longest).unwrap()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,7 @@ from typing import Any
 import pandas as pd
 
 from memsplit import __version__
-from memsplit.dse import show, study_arguments, write_csv
-from memsplit.dse.study import INTERRUPTED, finished_rows
+from memsplit.dse import INTERRUPTED, finished_rows, show, study_arguments, write_csv
 from memsplit.models import LLMConfig, OffloadMachine, OffloadRatios, Workload, offload_layers, offload_ratios
 from memsplit.models.placement import GROUP_BITS, PlacementPlan, PlacementProblem
 from memsplit.models.placement_t4 import FLEXGEN_T4, FLEXGEN_T4_FAST_DISK, PlacementProfile

@@ -84,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     hidden = ("trial", "feasible", "on_front", "seed", "version", "assumed", "solver", "profile")
     columns = [name for name in front.columns if name not in hidden and not name.endswith("_without")]
     show(front[columns], title=f"Pareto front: {len(front)} of {finished} designs; {lost} cannot hold the LLM", rows=15)
+    if designs.attrs["interrupted"]:
+        print(f"Written: {arguments.out} (front), {everything} (all)")
+        return INTERRUPTED
     mappings = latency_energy(designs[designs["feasible"]].drop_duplicates(parameters), score)
     write_csv(inner, mappings.assign(profile=score.profile.name, seed=arguments.seed, version=__version__))
     slower = int((~mappings["fastest"]).sum())
@@ -96,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"Assumed, not sourced: {front['assumed'].iloc[0]}.")
     written = f"{arguments.out} (front), {everything} (all), {inner} (mappings)" + (f", {picture}" if len(objectives) > 1 else "")
     print(f"Written: {written}; rerun a row: memsplit rerun {arguments.out} --row 0; explain it: memsplit explain {arguments.out} --row 0")
-    return INTERRUPTED if designs.attrs["interrupted"] else 0
+    return 0
 
 
 def limit(text: str, side: str) -> Constraint:
@@ -133,13 +136,16 @@ def varied(system: System, trial: Any) -> System:
     """A machine between a quarter and twice the memories of ``system``, with its compute divided anew between the two sides."""
     fast, slow = system.tiers
     one, two = fast.name.lower(), slow.name.lower()
-    system = system.with_tier(
+    system = system.with_resized_tier(
+        fast.name, trial.suggest_float(f"{one}_GB", fast.capacity / 4 / GB, fast.capacity * 2 / GB, step=fast.capacity / 16 / GB) * GB
+    ).with_tier(
         fast.name,
-        capacity=trial.suggest_float(f"{one}_GB", fast.capacity / 4 / GB, fast.capacity * 2 / GB, step=fast.capacity / 16 / GB) * GB,
         bandwidth=trial.suggest_float(f"{one}_TBps", fast.bandwidth / 4 / TB, fast.bandwidth * 2 / TB, step=fast.bandwidth / 8 / TB) * TB,
+    )
+    system = system.with_resized_tier(
+        slow.name, trial.suggest_float(f"{two}_GB", slow.capacity / 4 / GB, slow.capacity * 2 / GB, step=slow.capacity / 16 / GB) * GB
     ).with_tier(
         slow.name,
-        capacity=trial.suggest_float(f"{two}_GB", slow.capacity / 4 / GB, slow.capacity * 2 / GB, step=slow.capacity / 16 / GB) * GB,
         bandwidth=trial.suggest_float(f"{two}_GBps", slow.bandwidth / 4 / GB, slow.bandwidth * 2 / GB, step=slow.bandwidth / 8 / GB) * GB,
     )
     sides = [[unit for unit in system.units if unit.tier == tier.name] for tier in (fast, slow)]
@@ -149,18 +155,8 @@ def varied(system: System, trial: Any) -> System:
         for units, part in zip(sides, (share, 1 - share), strict=True):
             here = sum(unit.matrix_peak for unit in units)
             for unit in units:
-                scale = part * total / here
-                system = system.with_unit(unit.name, **scaled(unit, ("matrix_peak", "vector_peak", "area", "cost", "static_power"), scale))
-    for tier in (fast, slow):
-        now = system.tier(tier.name)
-        system = system.with_tier(tier.name, **scaled(tier, ("static_power",), now.capacity / tier.capacity))
+                system = system.with_scaled_unit(unit.name, part * total / here)
     return system
-
-
-def scaled(part: object, fields: Sequence[str], scale: float) -> dict[str, float]:
-    """Fields of a tier or unit times ``scale``, those that are known."""
-    known = {field: getattr(part, field) for field in fields}
-    return {field: value * scale for field, value in known.items() if value is not None}
 
 
 def _extra(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,7 @@ import numpy as np
 import pandas as pd
 
 from memsplit import __version__
-from memsplit.dse import compare, positive, show, study_arguments, write_csv
-from memsplit.dse.study import INTERRUPTED, finished_rows
+from memsplit.dse import INTERRUPTED, compare, finished_rows, positive, show, study_arguments, write_csv
 from memsplit.models import System, Workload
 from memsplit.models.cache_ratio import CacheRatioPlan, CacheRatioProblem, act_first_is_optimal
 from memsplit.models.mini_batches import MiniBatchProblem

@@ -1,8 +1,8 @@
 """Which GPU, host memory and link are worth their money and energy when an LLM's weights and state are kept on the host?
 
-Optuna varies the memory and bandwidth of the GPU, its FLOP/s, the host's memory, the link and the batch; each design is priced by its exact
-ratio of keys and values to activations, and HybridServe's rule stands beside it. Compute, bandwidth and link have no price in a data sheet:
-only capacity costs money here.
+Optuna varies the memory and bandwidth of the GPU, its FLOP/s, the host's memory, the link and the batch; each design is priced by its
+exact ratio of keys and values to activations, and HybridServe's rule stands beside it. Area, price and static power of a GPU grow with
+its FLOP/s, static power of a memory with its capacity; bandwidth and link have no price in a data sheet.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from memsplit.dse import Objective, OffloadScore, explore, plot_front, positive, show, study_arguments, write_csv
-from memsplit.dse.study import beside
+from memsplit.dse import INTERRUPTED, Objective, OffloadScore, beside, explore, plot_front, positive, show, study_arguments, write_csv
 from memsplit.models import CacheRatioProblem, OffloadMachine, System, Workload
 from memsplit.models.offload_profiles import DATASHEET, HYBRIDSERVE_PAPER
 from memsplit.models.presets import llm_named, system_named
@@ -64,13 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     hidden = ("trial", "feasible", "on_front", "seed", "version", "assumed", "solver", "profile", "status")
     shown = [name for name in front.columns if name not in hidden and not name.endswith("_blocks")]
     show(front[shown], title=f"Pareto front: {len(front)} of {finished} designs; {lost} cannot hold the LLM", rows=15)
-    losses = (designs["heuristic_latency_s"].astype(float) / designs["latency_s"] - 1).dropna()
+    losses = designs["heuristic_loss"].astype(float).dropna()
     if len(losses):
         worst = losses.max()
         print(f"\nHybridServe's rule (a reconstruction) takes {losses.mean():.1%} longer than the optimum, {worst:.1%} at worst.")
-    print(f"energy_J_per_tok: memory accesses, without link and compute. Assumed, not sourced: {front['assumed'].iloc[0]}.")
+    resident = int((designs["weights_on"] == "gpu").sum())
+    print(f"All weights stay on the GPU in {resident} of {len(designs)} designs, and are streamed in the others, whichever is faster.")
+    without = front["energy_without"].iloc[0]
+    print(f"energy_J_per_tok: idle time included{f'; without {without} (unknown)' if without else ''}.")
+    print(f"Assumed, not sourced: {front['assumed'].iloc[0]}.")
     print(f"Written: {arguments.out} (front), {everything} (all), {picture}; rerun a row: memsplit rerun {arguments.out} --row 0")
-    return 130 if designs.attrs["interrupted"] else 0
+    return INTERRUPTED if designs.attrs["interrupted"] else 0
 
 
 class Roomiest:
@@ -108,12 +111,10 @@ def varied(system: System, workload: Workload, trial: Any) -> tuple[System, Work
     gpu, host = system.tiers[:2]
     unit = next(unit for unit in system.units if unit.tier == gpu.name)
     peak = trial.suggest_float("gpu_TFLOPps", *_range(unit.matrix_peak / TFLOPS), log=True) * TFLOPS
-    system = system.with_unit(unit.name, matrix_peak=peak, vector_peak=unit.vector_peak * peak / unit.matrix_peak).with_tier(
-        gpu.name,
-        capacity=trial.suggest_int("gpu_GB", *_steps(gpu.capacity / GB, 4), step=4) * GB,
-        bandwidth=trial.suggest_float("gpu_TBps", *_range(gpu.bandwidth / TB), log=True) * TB,
-    )
-    system = system.with_tier(host.name, capacity=trial.suggest_int("host_GB", *_steps(host.capacity / GB, 32), step=32) * GB)
+    system = system.with_scaled_unit(unit.name, peak / unit.matrix_peak)
+    system = system.with_resized_tier(gpu.name, trial.suggest_int("gpu_GB", *_steps(gpu.capacity / GB, 4), step=4) * GB)
+    system = system.with_tier(gpu.name, bandwidth=trial.suggest_float("gpu_TBps", *_range(gpu.bandwidth / TB), log=True) * TB)
+    system = system.with_resized_tier(host.name, trial.suggest_int("host_GB", *_steps(host.capacity / GB, 32), step=32) * GB)
     down = next(link for link in system.links if (link.source, link.target) == (host.name, gpu.name))
     speed = trial.suggest_float("link_GBps", *_range(down.bandwidth / GB), log=True) * GB
     ends = {(host.name, gpu.name), (gpu.name, host.name)}

@@ -16,8 +16,7 @@ from typing import Any
 import pandas as pd
 
 from memsplit import __version__
-from memsplit.dse import positive, show, study_arguments, write_csv
-from memsplit.dse.study import INTERRUPTED, finished_rows
+from memsplit.dse import INTERRUPTED, finished_rows, positive, show, study_arguments, write_csv
 from memsplit.models import System, Workload
 from memsplit.models.offload import OffloadMachine, offload_layers, offload_ratios
 from memsplit.models.offload_baselines import GenerationCost, OffloadBaseline, generation, offload_baselines

@@ -19,9 +19,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from memsplit import __version__
-from memsplit.dse import show, study_arguments, write_csv
+from memsplit.dse import INTERRUPTED, finished_rows, show, study_arguments, write_csv
 from memsplit.dse.speedup import H2M2_SWEEPS, h2m2_methods, speedups
-from memsplit.dse.study import INTERRUPTED, finished_rows
 from memsplit.models import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3, KernelMappingProblem, Profile
 from memsplit.models.presets import H2M2_SYSTEM
 from memsplit.models.units import MB

@@ -18,8 +18,7 @@ import numpy as np
 import pandas as pd
 
 from memsplit import __version__
-from memsplit.dse import plot_lines, positive, show, study_arguments, write_csv
-from memsplit.dse.study import INTERRUPTED, beside, finished_rows
+from memsplit.dse import INTERRUPTED, beside, finished_rows, plot_lines, positive, show, study_arguments, write_csv
 from memsplit.models import System, Workload
 from memsplit.models.offload_profiles import DATASHEET
 from memsplit.models.presets import LLMS, SYSTEMS, llm_named, system_named

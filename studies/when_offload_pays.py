@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 
 from memsplit import __version__
-from memsplit.dse import positive, show, study_arguments, write_csv
-from memsplit.dse.study import INTERRUPTED, finished_rows
+from memsplit.dse import INTERRUPTED, finished_rows, positive, show, study_arguments, write_csv
 from memsplit.models import Workload
 from memsplit.models.offload import OffloadLayer, OffloadMachine, OffloadRatios, offload_layers, offload_ratios
 from memsplit.models.offload_profiles import DATASHEET, HYBRIDSERVE_PAPER

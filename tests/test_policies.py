@@ -77,10 +77,10 @@ def test_so_they_do_for_published_llms(llm):
 
 
 @pytest.mark.parametrize(("policy", "solver"), [(Static(), TableMapping()), (FlexGenStatic(), UniformMapping())])
-def test_static_policies_plan_once_for_the_most_that_can_run(policy, solver):
+def test_static_policies_plan_once_for_a_full_batch_of_the_longest(policy, solver):
     result = run(policy)
     service = Service(system=H2M2_SYSTEM, llm=GPT3_175B)
-    longest = service.problem(32, TRACE.most_state_tokens(32))
+    longest = service.problem(32, 32 * int(TRACE.state_tokens.max()))
     assert set(result.rows["plan"]) == {str(solver.solve(longest).plan)}
     assert result.summary["migrations"] == 0
     assert result.summary["migration_GB"] == 0

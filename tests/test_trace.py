@@ -23,7 +23,6 @@ def test_a_trace_is_a_value_with_its_columns():
     trace = Trace.from_arrays("three", [0, 0.5, 0.5], [3, 5, 7], [1, 2, 4])
     assert trace.requests[1] == Request(arrived_at=0.5, prompt_tokens=5, output_tokens=2)
     assert trace.state_tokens.tolist() == [3, 6, 10]
-    assert [trace.most_state_tokens(batch) for batch in (1, 2, 3, 9)] == [10, 16, 19, 19]
     assert pickle.loads(pickle.dumps(trace)) == trace
     assert hash(trace) == hash(Trace(name="three", requests=trace.requests))
     with pytest.raises(ValueError, match="read-only"):
