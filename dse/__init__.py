@@ -14,6 +14,7 @@ from .pareto import Objective, hypervolume, non_dominated, pareto
 from .plots import plot_front, plot_lines
 from .ratio_sweep import RatioSweep
 from .record import record
+from .replay import Migration, Replay, replay
 from .rerun import explain_row, rerun
 from .samplers import GP, NSGA2, NSGA3, QMC, SAMPLERS, TPE, RandomSearch, Sampler, sampler_named
 from .speedup import H2M2_SWEEPS, Method, h2m2_methods, speedups
@@ -43,10 +44,12 @@ __all__ = [
     "MappingSweep",
     "MemoryUse",
     "Method",
+    "Migration",
     "Objective",
     "OffloadScore",
     "RandomSearch",
     "RatioSweep",
+    "Replay",
     "Sampler",
     "Sobol",
     "SplitSweep",
@@ -71,6 +74,7 @@ __all__ = [
     "read_designs",
     "read_table",
     "record",
+    "replay",
     "rerun",
     "sampler_named",
     "served",

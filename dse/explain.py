@@ -331,7 +331,7 @@ def _levers(kind: ProblemKind, problem: Any, solver: Solver) -> Iterator[Lever]:
         now = getattr(workload, field)
 
         def smaller(less: int, field: str = field, now: int = now) -> Any:
-            return replace(workload, **{field: now - less})
+            return replace(workload, **{field: now - less}, state_tokens=None)
 
         less = _least(lambda n: kind.possible(changed(to_workload=smaller(n))), now - 1)
         if less is not None:

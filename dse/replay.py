@@ -31,6 +31,9 @@ from ..solvers.policies import Policy
 
 Migration = Literal["serial", "overlapped", "free"]
 
+MOST_AHEAD = 4096
+"""Iterations whose tables are held together at most: some 60 MB for an LLM of 96 heads."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Replay:
@@ -80,7 +83,7 @@ def replay(
     """
     if migration not in ("serial", "overlapped", "free"):
         raise ValueError(f"migration must be 'serial', 'overlapped' or 'free', not {migration!r}")
-    window = whole("replay", "window", window, "iterations")
+    window = min(whole("replay", "window", window, "iterations"), MOST_AHEAD)
     most = None if iterations is None else whole("replay", "iterations", iterations, "iterations")
     bits = {"weight_bits": weight_bits, "kv_bits": kv_bits, "activation_bits": activation_bits}
     service = Service(system=system, llm=llm, profile=profile, granularity=granularity, **bits)

@@ -32,7 +32,9 @@ from .price import (
 )
 from .profiles import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3, Profile
 from .recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitGeneration, best_splits, split_generation
+from .serving import PolicyState, Service, ServingLimits, ServingState, StepWindow
 from .systems import Systems
+from .trace import LENGTHS, Lengths, Request, Trace, fixed_trace, h2m2_trace, poisson_trace, uniform_trace
 from .workload import Kernel, Workload, kernels, step_kernels
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "HYBRIDSERVE_PAPER",
     "KVPR_NOMINAL",
     "KVPR_PAPER",
+    "LENGTHS",
     "LLAMA2_RHO3",
     "STEP_DATASHEET",
     "STEP_FUSED",
@@ -60,6 +63,7 @@ __all__ = [
     "KernelMappingTables",
     "Kind",
     "LLMConfig",
+    "Lengths",
     "LinearTime",
     "Link",
     "Matrix",
@@ -78,11 +82,16 @@ __all__ = [
     "PlacementProblem",
     "PlacementProfile",
     "PlanCost",
+    "PolicyState",
     "Profile",
     "RatioLayer",
     "RecomputeSplitBatch",
     "RecomputeSplitPlan",
     "RecomputeSplitProblem",
+    "Request",
+    "Service",
+    "ServingLimits",
+    "ServingState",
     "Split",
     "SplitGeneration",
     "StepEnergy",
@@ -90,18 +99,23 @@ __all__ = [
     "StepMachines",
     "StepModel",
     "StepProfile",
+    "StepWindow",
     "System",
     "SystemArea",
     "SystemCost",
     "Systems",
+    "Trace",
     "TransitionCost",
     "Workload",
     "best_splits",
     "energy_per_token",
+    "fixed_trace",
+    "h2m2_trace",
     "kernels",
     "mean_power",
     "offload_layers",
     "offload_ratios",
+    "poisson_trace",
     "split_generation",
     "static_power",
     "step_energy",
@@ -109,5 +123,6 @@ __all__ = [
     "system_area",
     "system_cost",
     "tensor_parallel",
+    "uniform_trace",
     "usd_per_Mtok",
 ]

@@ -9,8 +9,11 @@ of the slices that each kind of sublayer puts on the first of two memories (H2M2
     stage_i(n) = sum_k seconds_ik(n_k),    inf where a memory overflows
     migration_i(n, m) = time of sum_k up_ik(n_k, m_k) bytes to the first memory, and of sum_k down_ik(n_k, m_k) bytes to the second
 
+The iterations are given: which requests run together must not depend on the plan, or else this is the optimum for that schedule.
+Migration is waited for; where it is hidden behind an iteration, only the bound with free moves (``ClairvoyantBound``) holds.
+
 The bytes are those of ``KernelMappingProblem.transition`` and the times those of ``paging.migration_time``: the pages by which the one
-memory grows, as far as they are on the other. They are close to a weighted L1 distance between the slices; whole pages disturb it.
+memory grows, as far as the other shrinks. Each of the two is a weighted L1 distance between the slices; whole pages make them differ.
 """
 
 from __future__ import annotations
@@ -269,31 +272,28 @@ class ClairvoyantProblem:
 
     @classmethod
     def build(
-        cls, problems: Sequence[KernelMappingProblem], *, system: System | None = None, initial: KernelMappingPlan | None = None
+        cls,
+        problems: Sequence[KernelMappingProblem] | KernelMappingTables,
+        *,
+        beside: Sequence[Sequence[KernelMappingProblem]] | None = None,
+        system: System | None = None,
+        initial: KernelMappingPlan | None = None,
     ) -> ClairvoyantProblem:
-        """All plans of a trace, from the grouped problem over two memories of each iteration.
+        """All plans of a trace, from the grouped problem over two memories of each iteration (or their tables, a design an iteration).
 
+        ``beside[i]``: what else iteration i runs under the same plan, as the prefills of requests that join; only its seconds count.
         ``system``: the machine whose links the data cross; that of the first problem unless said.
         """
-        if not problems:
-            raise ValueError("a clairvoyant problem needs the problem of at least one iteration")
-        one = problems[0].tables
-        machine = system or problems[0].system
+        given = isinstance(problems, KernelMappingTables)
+        tables = problems if isinstance(problems, KernelMappingTables) else _stacked(problems)
+        machine = system or (None if isinstance(problems, KernelMappingTables) else problems[0].system)
         if machine is None:
-            raise ValueError("the time of a migration needs the links of a system: build the problems from one, or pass system=")
-        if len(one.tier_names) != 2:
-            raise ValueError(
-                f"this takes two memories, and there are {len(one.tier_names)}: {list(one.tier_names)}; list plans with from_tables"
-            )
-        for number, problem in enumerate(problems):
-            if not problem.grouped:
-                raise ValueError(f"iteration {number}: the problem splits each layer in its own way; build it with grouped=True")
-            if problem.kinds != one.kinds or problem.tier_names != one.tier_names:
-                raise ValueError(
-                    f"iteration {number} has other kinds of sublayer or memories than iteration 0; use one LLM and one machine"
-                )
-        tables = _stacked([problem.tables for problem in problems])
-        free = cls(steps=_split_steps(tables, machine))
+            how = "pass system=" if given else "build the problems from one, or pass system="
+            raise ValueError(f"the time of a migration needs the links of a system: {how}")
+        names = tables.tier_names
+        if len(names) != 2:
+            raise ValueError(f"this takes two memories, and there are {len(names)}: {list(names)}; list plans with from_tables")
+        free = cls(steps=_split_steps(tables if beside is None else _together(tables, beside), machine))
         return free if initial is None else replace(free, initial=free.number(initial))
 
     @property
@@ -407,15 +407,38 @@ def _split_steps(tables: KernelMappingTables, system: System) -> SplitSteps:
     )
 
 
-def _stacked(tables: Sequence[KernelMappingTables]) -> KernelMappingTables:
-    """Tables of single designs as those of many."""
-    if any(one.t_sync != tables[0].t_sync for one in tables):
-        raise ValueError("the iterations of a trace must have one barrier time t_sync; use one profile")
-    if any(one.shared.shape != tables[0].shared.shape for one in tables):
-        raise ValueError("the iterations of a trace must share the same units and links; use one machine")
+def _stacked(problems: Sequence[KernelMappingProblem]) -> KernelMappingTables:
+    """The tables of single problems as one, a design each."""
+    if not problems:
+        raise ValueError("a clairvoyant problem needs the problem of at least one iteration")
+    one = problems[0].tables
+    for number, problem in enumerate(problems):
+        if not problem.grouped:
+            raise ValueError(f"iteration {number}: the problem splits each layer in its own way; build it with grouped=True")
+        _check_alike(f"iteration {number}", problem.tables, one)
     arrays = ("seconds", "shared", "pages", "traffic", "capacity", "page")
-    changes: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in tables]) for name in arrays}
-    return replace(tables[0], **changes)
+    changes: dict[str, Any] = {name: np.concatenate([getattr(problem.tables, name) for problem in problems]) for name in arrays}
+    return replace(one, **changes)
+
+
+def _together(tables: KernelMappingTables, beside: Sequence[Sequence[KernelMappingProblem]]) -> KernelMappingTables:
+    """Tables with the seconds of all that an iteration runs: as the time of the first memory's side, the other's and barriers being 0."""
+    if len(beside) != len(tables.capacity):
+        raise ValueError(f"beside has {len(beside)} iterations, and the trace {len(tables.capacity)}; give () where nothing else runs")
+    seconds = tables.two_way()[0]
+    for number, others in enumerate(beside):
+        for other in others:
+            _check_alike(f"what runs beside iteration {number}", other.tables, tables)
+            seconds[number] += other.tables.two_way()[0][0]
+    side = np.stack([seconds, np.where(np.isfinite(seconds), 0.0, np.inf)], axis=2)
+    return replace(tables, seconds=side, shared=np.zeros((*side.shape[:2], 0, *side.shape[2:])), t_sync=0.0)
+
+
+def _check_alike(what: str, tables: KernelMappingTables, one: KernelMappingTables) -> None:
+    if tables.kinds != one.kinds or tables.tier_names != one.tier_names or tables.shared.shape[1:] != one.shared.shape[1:]:
+        raise ValueError(f"{what} has other kinds of sublayer or memories than iteration 0; use one LLM and one machine")
+    if tables.t_sync != one.t_sync:
+        raise ValueError(f"{what} has the barrier time {tables.t_sync:g} s and iteration 0 {one.t_sync:g} s; use one profile")
 
 
 def _seconds(name: str, values: ArrayLike) -> Array:

@@ -40,6 +40,8 @@ class DesignTable:
 
         ValueError names the column, the row, and the rule of a number that cannot be.
         """
+        if workload.state_tokens is not None:
+            raise ValueError("a table of designs takes a workload whose requests have equal contexts; leave out its state_tokens")
         least = {**WORKLOAD_COLUMNS, **(more or {})}
         lengths = {name: len(np.atleast_1d(np.asarray(column))) for name, column in columns.items()}
         designs = next(iter(lengths.values()), 1)

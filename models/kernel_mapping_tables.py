@@ -140,12 +140,12 @@ class KernelMappingTables:
         systems = as_systems(systems)
         if granularity not in ("kv_head", "query_head"):
             raise ValueError(f"granularity must be 'kv_head' or 'query_head', not {granularity!r}")
-        tier_names, lanes = systems.base.tier_names, _lanes(systems)
+        tier_names, lanes = systems.base.tier_names, lanes_of(systems)
         alone = [[lane for lane in lanes if lane.tiers == (t,)] for t in range(len(tier_names))]
         common = [lane for lane in lanes if len(lane.tiers) > 1]
         page = systems.values("tiers", "page").astype(np.int64)
         capacity = capacity_pages(systems.values("tiers", "capacity"), page)
-        sublayers = _sublayers(workload, granularity)
+        sublayers = sublayers_of(workload, granularity)
         shape = (len(systems), len(sublayers), len(tier_names), max(kind.slices for kind, _ in sublayers) + 1)
         seconds = np.empty(shape)
         shared = np.zeros((*shape[:2], len(common), *shape[2:]))
@@ -154,7 +154,7 @@ class KernelMappingTables:
         for k, (kind, parts) in enumerate(sublayers):
             for t, name in enumerate(tier_names):
                 outer = t in (0, len(tier_names) - 1)
-                side = _Side.of(
+                side = Side.of(
                     parts, slices=kind.slices, llm=workload.llm, profile=profile, granularity=granularity, tier=name, outer=outer
                 )
                 n = np.s_[:, k, t, : kind.slices + 1]
@@ -185,7 +185,7 @@ class KernelMappingTables:
         )
 
 
-def _sublayers(workload: Workload, granularity: Granularity) -> list[tuple[Kind, tuple[Kernel, ...]]]:
+def sublayers_of(workload: Workload, granularity: Granularity) -> list[tuple[Kind, tuple[Kernel, ...]]]:
     """The kinds of sublayer of a workload with their kernels; equal ones of different layers are one kind."""
     heads = workload.llm.num_attention_heads
     by_head = workload.llm.num_kv_heads if granularity == "kv_head" else heads
@@ -204,7 +204,7 @@ def _sublayers(workload: Workload, granularity: Granularity) -> list[tuple[Kind,
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Side:
+class Side:
     """The work of one sublayer on one tier for every number of slices n = 0..N; arrays of shape [N+1].
 
     ``weights`` and ``state``: bytes read; keys and values at least once each group that is here, rho times (at most once a query head) in
@@ -231,7 +231,7 @@ class _Side:
         granularity: Granularity,
         tier: str,
         outer: bool,
-    ) -> _Side:
+    ) -> Side:
         """The work of ``kernels``; ``outer``: whether the tier is the first or the last."""
         share = np.arange(slices + 1) / slices  # n / N: of columns and query heads
         groups = share if granularity == "kv_head" else _groups(slices, llm, outer)
@@ -283,19 +283,19 @@ def _groups(slices: int, llm: LLMConfig, outer: bool) -> Array:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Lane:
+class Lane:
     """Something that only one byte or FLOP at a time can use, the tiers whose slices use it, and for how long each side does."""
 
     tiers: tuple[int, ...]
-    seconds: Callable[[_Side, slice], Array]
+    seconds: Callable[[Side, slice], Array]
 
 
-def _lanes(systems: Systems) -> list[_Lane]:
+def lanes_of(systems: Systems) -> list[Lane]:
     """The memories, units and links of machines of one structure."""
     first = systems.base
     names = first.tier_names
     bandwidth = systems.values("tiers", "bandwidth")
-    lanes = [_Lane(tiers=(t,), seconds=partial(_Side.memory_time, bandwidth=bandwidth[:, [t]])) for t in range(len(names))]
+    lanes = [Lane(tiers=(t,), seconds=partial(Side.memory_time, bandwidth=bandwidth[:, [t]])) for t in range(len(names))]
     consumers = [first.consumer(name) for name in names]
     matrix, vector, tile = (systems.values("units", field)[:, None, :] for field in ("matrix_peak", "vector_peak", "tile"))
     tile = np.where(np.isnan(tile), 1.0, tile)
@@ -303,10 +303,10 @@ def _lanes(systems: Systems) -> list[_Lane]:
     for consumer in dict.fromkeys(end for end, _ in consumers):
         on = np.s_[:, :, [u for u, unit in enumerate(first.units) if unit.tier == consumer]]
         served = tuple(t for t, (end, _) in enumerate(consumers) if end == consumer)
-        lanes.append(_Lane(tiers=served, seconds=partial(_Side.compute_time, matrix=matrix[on], vector=vector[on], tile=tile[on])))
+        lanes.append(Lane(tiers=served, seconds=partial(Side.compute_time, matrix=matrix[on], vector=vector[on], tile=tile[on])))
     for used in dict.fromkeys(link for _, links in consumers for link in links):
         crossing = tuple(t for t, (_, links) in enumerate(consumers) if used in links)
-        lanes.append(_Lane(tiers=crossing, seconds=partial(_Side.memory_time, bandwidth=speed[:, [first.links.index(used)]])))
+        lanes.append(Lane(tiers=crossing, seconds=partial(Side.memory_time, bandwidth=speed[:, [first.links.index(used)]])))
     return lanes
 
 

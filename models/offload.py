@@ -175,6 +175,8 @@ def offload_layers(workload: Workload, batches: int = 1) -> tuple[OffloadLayer, 
 
     ``batches``: GPU batches of ``workload.batch`` requests that share one load of the weights: of experts, those that any of them chose.
     """
+    if workload.state_tokens is not None:
+        raise ValueError("offloading takes contexts of its own, not a workload's state_tokens; leave them out")
     if workload.phase != "decode":
         raise ValueError(f"offloading is planned for a decode step, not for {workload.phase!r}; set phase='decode'")
     llm = workload.llm

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from numpy.typing import ArrayLike
 
 from .checks import whole
 from .hardware import System
-from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, TransitionCost
-from .kernel_mapping_tables import Granularity, KernelMappingTables, Kind, _lanes, _Side, _sublayers
+from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, Split, TransitionCost
+from .kernel_mapping_tables import Granularity, KernelMappingTables, Kind, Side, lanes_of, sublayers_of
 from .llm import LLMConfig
 from .paging import Pages, migration_time, page_walk_time
 from .profiles import FIRST_PRINCIPLES, Profile
@@ -136,7 +137,7 @@ class ServingState:
 
     def ahead(self, limits: ServingLimits, number: int) -> tuple[Index, Index]:
         """Requests and tokens of the next iterations, this one first, ``number`` at most, if nobody else arrives meanwhile."""
-        batch, tokens, state = [], [], self
+        batch, tokens, state = list[int](), list[int](), self
         while len(batch) < number and state.batch:
             batch.append(state.batch)
             tokens.append(state.tokens)
@@ -223,10 +224,10 @@ class Service:
             np.stack([getattr(base, name)[0] for base in bases])[which] for name in ("seconds", "pages", "traffic", "shared")
         )
         workload = self.workload(int(distinct[0]), 1)
-        lanes = _lanes(as_systems([self.system]))
+        lanes = lanes_of(as_systems([self.system]))
         common = [lane for lane in lanes if len(lane.tiers) > 1]
         bytes_a_token = np.float64(self.llm.state_elements) * held
-        for k, (kind, parts) in enumerate(_sublayers(workload, self.granularity)):
+        for k, (kind, parts) in enumerate(sublayers_of(workload, self.granularity)):
             if not parts[0].state_bytes:
                 continue
             (attention,) = parts
@@ -234,7 +235,7 @@ class Service:
             flops = (self.llm.attention_flops * (held * 1.0))[:, None]
             end = kind.slices + 1
             for t, name in enumerate(first.tier_names):
-                unit = _Side.of(
+                unit = Side.of(
                     (replace(attention, state_bytes=1.0, flops=1.0),),
                     slices=kind.slices,
                     llm=self.llm,
@@ -245,18 +246,14 @@ class Service:
                 )
                 side = replace(
                     unit,
-                    kernels=(replace(attention, state_bytes=state_bytes),),
+                    kernels=(replace(attention, state_bytes=state_bytes),),  # type: ignore[arg-type]  # one number a step
                     state=state_bytes * unit.state,
                     flops=(flops * unit.flops[0],),
                 )
                 pages[:, k, t, :end] = side.pages(first.page[:, [t]])
                 pages[:, k, t, end:] = pages[:, k, t, [kind.slices]]
                 traffic[:, k, t, :end] = side.weights + side.state
-                time = None
-                for lane in lanes:
-                    if lane.tiers == (t,):
-                        own = lane.seconds(side, slice(None))
-                        time = own if time is None else np.maximum(time, own)
+                time = reduce(np.maximum, [lane.seconds(side, slice(None)) for lane in lanes if lane.tiers == (t,)])
                 walks = page_walk_time(pages[:, k, t, :end], self.profile.page_walk, self.profile.page_walks)
                 seconds[:, k, t, :end] = time + walks if walks.any() else time
                 for s, lane in enumerate(common):
@@ -301,11 +298,10 @@ class Service:
             ),
             (self.llm.max_position_embeddings, f"{self.llm.name} knows {self.llm.max_position_embeddings} positions; take another LLM"),
         ):
-            large = np.flatnonzero(sizes > limit) if limit else ()
+            large = np.flatnonzero(sizes > (limit or sizes.max()))
             if len(large):
-                raise ValueError(
-                    f"trace {trace.name!r}: request {large[0]} holds {sizes[large[0]]} tokens at its end, and {why} or leave it out"
-                )
+                size = sizes[large[0]]
+                raise ValueError(f"trace {trace.name!r}: request {large[0]} holds {size} tokens at its end, and {why} or leave it out")
 
     def _base(self, batch: int) -> KernelMappingTables:
         found = self._kept.get(("base", batch))
@@ -362,8 +358,10 @@ class StepWindow:
         counts = self._counts(plan)
         if counts is None:
             cost = self.problem(row).evaluate(plan)
-            return np.array(cost.tier_bytes, dtype=np.float64).astype(np.int64) // self.tables.page[row]
-        return self._priced(counts)[1][row]
+            whole_pages: Pages = np.array(cost.tier_bytes, dtype=np.float64).astype(np.int64) // self.tables.page[row]
+            return whole_pages
+        pages: Pages = self._priced(counts)[1][row]
+        return pages
 
     def transition(self, previous: KernelMappingPlan, plan: KernelMappingPlan, row: int) -> TransitionCost:
         """``problem(row).transition(previous, plan)``: bytes that change tier, at the tokens of this iteration, and seconds."""
@@ -388,7 +386,8 @@ class StepWindow:
 
     def plan(self, counts: Sequence[Sequence[int]]) -> KernelMappingPlan:
         """The plan with ``counts[k][t]`` slices in every layer of kind k."""
-        return self.once(("plan", tuple(map(tuple, counts))), lambda _: KernelMappingPlan.same_in_all_layers(self.problem(0), counts))
+        rows = zip(self.tables.kinds, counts, strict=True)
+        return KernelMappingPlan(splits=tuple((Split(layers=kind.layers, counts=tuple(row)),) for kind, row in rows))
 
     def _counts(self, plan: KernelMappingPlan) -> Index | None:
         """Slices [K, T] of a plan that splits all layers of a kind alike and is one of this problem; None for others."""
@@ -402,7 +401,8 @@ class StepWindow:
                 for kind, splits in zip(self.tables.kinds, plan.splits, strict=True)
             )
             self._kept[key] = np.array([splits[0].counts for splits in plan.splits], dtype=np.int64) if alike else None
-        return self._kept[key]
+        counts: Index | None = self._kept[key]
+        return counts
 
     def _priced(self, counts: Index) -> tuple[Array, Pages]:
         """Seconds [D] and pages [D, T] of a split in all iterations."""
@@ -410,12 +410,13 @@ class StepWindow:
         if key not in self._kept:
             kinds = np.arange(len(counts))
             seconds, pages = self.tables.split_seconds(kinds, counts), self.tables.split_pages(kinds, counts)
-            total, held = 0.0, np.zeros(1, dtype=np.int64)
+            total, held = np.zeros(1), np.zeros(1, dtype=np.int64)
             for k, kind in enumerate(self.tables.kinds):  # in the order of kinds, as evaluate adds them
                 total = total + kind.layers * seconds[:, k]
                 held = held + kind.layers * pages[:, k]
             self._kept[key] = total, held
-        return self._kept[key]
+        priced: tuple[Array, Pages] = self._kept[key]
+        return priced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

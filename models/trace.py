@@ -301,7 +301,7 @@ def _arrivals(what: str, generator: np.random.Generator, number: int, rate: floa
     """Times [s] with exponential gaps of mean 1 / rate, the first one after such a gap."""
     check_number(what, "rate", rate, "requests/s")
     gaps = generator.exponential(size=number)
-    return np.cumsum(gaps / rate).tolist()
+    return [float(at) for at in np.cumsum(gaps / rate)]
 
 
 def h2m2_trace(

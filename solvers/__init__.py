@@ -10,6 +10,7 @@ from .kernel_mapping_front import FrontPlan, front_of_designs, latency_energy_fr
 from .kernel_mapping_heuristics import FlexGenMapping, GreedyMapping, MajorMapping, NaiveMapping, SingleTierMapping, UniformMapping
 from .mini_batches import CpSatBatches, FirstComeBatches, GreedyRatioBatches, MilpBatches
 from .placement import CharnesCooperPlacement, FixedPlacement, FlexGenPlacement, PulpPlacement
+from .policies import FlexGenStatic, Greedy, Hysteresis, Myopic, Policy, SingleTier, Static
 from .recompute_split import ClosedFormSplit, CpSatSplit, EnumerationSplit, FixedShareSplit, MilpSplit
 from .recompute_split_batch import SplitSolutions, solve_splits
 from .result import Solver, SolverResult, Status
@@ -30,25 +31,32 @@ __all__ = [
     "FixedShareSplit",
     "FlexGenMapping",
     "FlexGenPlacement",
+    "FlexGenStatic",
     "FrontPlan",
+    "Greedy",
     "GreedyMapping",
     "GreedyRatioBatches",
     "HybridServeRatio",
+    "Hysteresis",
     "LpRatio",
     "MajorMapping",
     "MilpBatches",
     "MilpMapping",
     "MilpRatio",
     "MilpSplit",
+    "Myopic",
     "NaiveMapping",
     "PatternMapping",
+    "Policy",
     "PulpPlacement",
     "RatioSolutions",
     "SingleFormRatio",
+    "SingleTier",
     "SingleTierMapping",
     "Solver",
     "SolverResult",
     "SplitSolutions",
+    "Static",
     "Status",
     "TableMapping",
     "UniformMapping",

@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +51,8 @@ class Regret(NamedTuple):
     """How much longer a policy took than the optimum: at least ``lower`` and at most ``upper`` of the optimum's seconds.
 
     ``lower`` is against the best path known: below 0 if the policy used plans that were not looked at. ``upper`` is against the proven
-    bound. None where there is no path, or no bound above 0. ``informative``: the bound is within 5 % of the best policy.
+    bound. None where there is no path, or no bound above 0. ``informative``: the bound is within 5 % of the best known, be it a
+    policy's or the path.
     """
 
     lower: float | None
@@ -59,11 +61,11 @@ class Regret(NamedTuple):
 
 
 def regret(latency: float, result: SolverResult[Path], *, best: float | None = None) -> Regret:
-    """The regret of a policy that took ``latency`` [s] for the trace. ``best`` [s]: the best policy's; this one's unless said."""
+    """The regret of a policy that took ``latency`` [s] for the trace. ``best`` [s]: the best policy's, if better."""
     for name, value in (("latency", latency), ("best", best)):
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"regret: {name} must be seconds of at least 0 and finite, not {shown(value)}")
-    least = latency if best is None else best
+    least = min(seconds for seconds in (latency, best, result.objective) if seconds is not None)
     return Regret(
         lower=latency / result.objective - 1 if result.objective else None,
         upper=latency / result.bound - 1 if result.bound else None,
@@ -81,9 +83,8 @@ class DynamicProgramClairvoyant:
     included. ``counts`` None: all plans. ``bound`` False: no bound over all plans (``ClairvoyantBound``, with free moves for more than
     2e9 iterations x plans), which may take longer than the path.
 
-    A move between splits is priced kind by kind, so that the minimum over P plans takes P x (counts of a kind) steps for each kind
-    instead of P^2, and only P where the bytes of a kind are a weighted distance. Every sqrt(I)-th V is kept, and those between are
-    computed twice. Of paths that take equally long, one that stays is taken.
+    Bytes moved between splits are distances kind by kind, so that the minimum over P plans takes a few sweeps over them instead of P^2
+    steps. Every sqrt(I)-th V is kept, and those between are computed twice. Of paths that take equally long, one that stays is taken.
     """
 
     counts: int | None = 17
@@ -180,7 +181,7 @@ def _next(problem: ClairvoyantProblem, iteration: int, values: Array) -> Array:
     steps = problem.steps
     if isinstance(steps, TableSteps):
         return _least_by_table(steps.migration(iteration), values) + steps.stage(iteration)
-    return _least_by_splits(steps, iteration, values.reshape(steps.shape)).ravel() + steps.stage(iteration)
+    return _least_by_splits(steps, iteration, values) + steps.stage(iteration)
 
 
 def _previous(problem: ClairvoyantProblem, iteration: int, values: Array, plan: int) -> int:
@@ -201,41 +202,38 @@ def _least_by_table(table: Array, values: Array) -> Array:
 
 
 def _least_by_splits(steps: SplitSteps, iteration: int, values: Array) -> Array:
-    """min_p values[p] + migration(p, q) for every q; arrays [G_1, ..., G_K].
+    """min_p values[p] + migration(p, q) for every q, [P].
 
-    Bytes add up over the kinds, so the minimum is taken kind by kind. A latency is paid once a direction, whatever the kinds, so
-    each choice of the directions that may be used is looked at on its own; one that allows more than is used is not the cheapest.
+    A latency is paid once a direction, whatever the kinds, so each choice of the directions that may be used is looked at on its own;
+    one that allows more than is used is not the cheapest.
     """
     up, down = steps.up.latency, steps.down.latency
-    choices = [(True, True, up + down)]
-    if up or down:
-        choices = [(rise, fall, up * rise + down * fall) for rise in (False, True) for fall in (False, True)]
-    best: Array | None = None
-    for rise, fall, latency in choices:
-        least = values
-        for k in range(len(steps.kinds)):
-            least = _least_of_kind(steps, iteration, k, least, rise, fall)
-        best = least + latency if best is None else np.minimum(best, least + latency)
-    return values if best is None else best
+    if not up and not down:
+        return _without_latency(steps, iteration, values)
+    choices = [(rise, fall) for rise in (False, True) for fall in (False, True)]
+    each = [_without_latency(steps, iteration, values, rise=rise, fall=fall) + (up * rise + down * fall) for rise, fall in choices]
+    return reduce(np.minimum, each)
 
 
-def _least_of_kind(steps: SplitSteps, iteration: int, kind: int, values: Array, rise: bool, fall: bool) -> Array:
-    """min over the count of one kind before the move, for every count after it, where bytes may ``rise`` and ``fall``."""
-    gain, loss = np.diff(steps.first[kind][iteration]), -np.diff(steps.second[kind][iteration])
-    if (gain <= loss).all() or (gain >= loss).all():
-        # The smaller of two sums is then the sum of the smaller terms: a move over many counts is one from count to count.
-        between = np.minimum(gain, loss)
-        up, down = _allowed(between, steps.up.bandwidth, rise), _allowed(between, steps.down.bandwidth, fall)
-        return _least_by_steps(values, kind, up, down)
-    places = np.arange(len(steps.counts[kind]))
-    raised, lowered = steps.moved(iteration, kind, places[:, None], places)
-    cost = _allowed(raised, steps.up.bandwidth, rise) + _allowed(lowered, steps.down.bandwidth, fall)
-    by_kind = np.moveaxis(values, kind, 0)
-    before = np.ascontiguousarray(by_kind).reshape(len(places), -1)
-    least = np.full_like(before, np.inf)
-    for row, seconds in zip(before, cost, strict=True):
-        np.minimum(least, row + seconds[:, None], out=least)
-    return np.moveaxis(least.reshape(by_kind.shape), 0, kind)
+def _without_latency(
+    steps: SplitSteps, iteration: int, values: Array, *, rise: bool = True, fall: bool = True, backwards: bool = False
+) -> Array:
+    """min_p values[p] + (the seconds of migration(p, q) but for latencies) for every q, [P]; ``backwards``: migration(q, p).
+
+    Bytes add up over the kinds, so the minimum is taken kind by kind. With a_j, b_j the bytes by which slice j fills the one memory and
+    frees the other, a move of a kind takes min(sum a_j, sum b_j) bytes: the lesser of two weighted distances, a sweep for each. Bytes
+    go to the first memory only if they may ``rise``, and to the second if they may ``fall``.
+    """
+    least = values.reshape(steps.shape)
+    for k, (first, second) in enumerate(zip(steps.first, steps.second, strict=True)):
+        filled, freed = np.diff(first[iteration]), -np.diff(second[iteration])
+        distances = [filled] if (filled <= freed).all() else [freed] if (freed <= filled).all() else [filled, freed]
+        found = []
+        for nbytes in distances:
+            up, down = _allowed(nbytes, steps.up.bandwidth, rise), _allowed(nbytes, steps.down.bandwidth, fall)
+            found.append(_least_by_steps(least, k, *((down, up) if backwards else (up, down))))
+        least = reduce(np.minimum, found)
+    return least.ravel()
 
 
 def _allowed(nbytes: Counts, bandwidth: float, allowed: bool) -> Array:
@@ -261,31 +259,13 @@ def _least_by_steps(values: Array, axis: int, up: Array, down: Array) -> Array:
     return np.moveaxis(planes, 0, axis)
 
 
-def _lower_moves(steps: SplitSteps, iteration: int, values: Array, *, backwards: bool = False) -> Array:
-    """min_p values[p] + (no more than migration(p, q)) for every q, [P]; ``backwards``: migration(q, p). See ``ClairvoyantBound``."""
-    least = values.reshape(steps.shape)
-    for k, (first, second) in enumerate(zip(steps.first, steps.second, strict=True)):
-        between = np.minimum(np.diff(first[iteration]), -np.diff(second[iteration]))
-        up, down = between / steps.up.bandwidth, between / steps.down.bandwidth
-        least = _least_by_steps(least, k, *((down, up) if backwards else (up, down)))
-    return least.ravel()
-
-
-def _lower_next(steps: SplitSteps, iteration: int, values: Array) -> Array:
-    """F_i [P] from F_(i-1) [P]: no path that ends iteration i under a plan takes less."""
-    return _lower_moves(steps, iteration, values) + steps.stage(iteration)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClairvoyantBound:
     """Seconds that no path over any plans goes below.
 
     ``migration`` False: moves are free, the sum of every iteration's optimum (``TableMapping``). True: for tables the optimum; for
-    splits a move from n to m slices costs the sum over its single slices of the pages that each would move alone,
-
-        bytes(n, m) = min(sum a_j, sum b_j) >= sum_j min(a_j, b_j)          a_j, b_j: pages that slice j adds here, and frees there
-
-    and no latency. This is a weighted L1 distance, so that V_i over all plans (912,673 of GPT3-175B) takes a few sweeps.
+    splits the least of all paths but for latencies of links and memories, which leaves a few sweeps over all plans an iteration
+    (912,673 of GPT3-175B).
     """
 
     migration: bool = True
@@ -302,7 +282,7 @@ class ClairvoyantBound:
             return _down(float(TableMapping().solve_batch(steps.tables)[0].sum()))
         values = _first(problem)
         for i in range(1, steps.iterations):
-            values = _lower_next(steps, i, values)
+            values = _without_latency(steps, i, values) + steps.stage(i)
         return _down(float(values.min()))
 
 
@@ -353,7 +333,7 @@ class ExactClairvoyant:
         values = _first(problem)
         starts = [values]
         for i in range(1, steps.iterations):
-            values = _lower_next(steps, i, values)
+            values = _without_latency(steps, i, values) + steps.stage(i)
             if i % block == 0:
                 starts.append(values)
         bound = _down(float(values.min()))
@@ -366,7 +346,7 @@ class ExactClairvoyant:
             first = (len(starts) - 1) * block
             forward = [starts.pop()]
             for i in range(first + 1, min(first + block, steps.iterations)):
-                forward.append(_lower_next(steps, i, forward[-1]))
+                forward.append(_without_latency(steps, i, forward[-1]) + steps.stage(i))
             while forward:
                 i = first + len(forward) - 1
                 left = np.flatnonzero(forward.pop() + rest <= limit)
@@ -374,7 +354,7 @@ class ExactClairvoyant:
                     return None, bound
                 kept.append(left)
                 if i:
-                    rest = _lower_moves(steps, i, rest + steps.stage(i), backwards=True)
+                    rest = _without_latency(steps, i, rest + steps.stage(i), backwards=True)
         return kept[::-1], bound
 
 

@@ -53,7 +53,7 @@ class GreedyMapping:
 
     def _turn(self, problem: KernelMappingProblem, kind: int) -> tuple[int, float]:
         name = problem.kinds[kind].name
-        place = next((i for i, sublayer in enumerate(self.order) if _is(name, sublayer)), len(self.order))
+        place = next((i for i, sublayer in enumerate(self.order) if is_sublayer(name, sublayer)), len(self.order))
         whole = problem.kinds[kind].slices
         saved = problem.tables.seconds[0, kind, -1, whole] - problem.tables.seconds[0, kind, 0, whole]
         return place, -float(saved) / max(1, int(problem.tables.pages[0, kind, 0, whole]))
@@ -85,14 +85,14 @@ class MajorMapping:
     def solve(self, problem: KernelMappingProblem, /) -> SolverResult[KernelMappingPlan]:
         """The best plan with ``first`` at the front; ValueError if the problem has no such sublayer."""
         names = [kind.name for kind in problem.kinds]
-        if not any(_is(name, self.first) for name in names):
+        if not any(is_sublayer(name, self.first) for name in names):
             raise ValueError(f"MajorMapping: no sublayer is called {self.first!r}; they are {names}")
         room = int(problem.capacity[0])
         masks = []
         for k, kind in enumerate(problem.kinds):
             splits = problem.splits(k)
             mask = np.ones(len(splits), dtype=np.bool_)
-            if _is(kind.name, self.first):
+            if is_sublayer(kind.name, self.first):
                 held = kind.layers * problem.pages(k, splits)[:, 0]
                 most = int(splits[held <= room, 0].max(initial=0))
                 mask = splits[:, 0] == most
@@ -110,7 +110,7 @@ class FlexGenMapping:
 
     def solve(self, problem: KernelMappingProblem, /) -> SolverResult[KernelMappingPlan]:
         """The plan of two fractions a tier."""
-        types = [int(_is(kind.name, "attention")) for kind in problem.kinds]
+        types = [int(is_sublayer(kind.name, "attention")) for kind in problem.kinds]
         return _fractions(self, problem, types)
 
 
@@ -159,7 +159,7 @@ def _best_of(
     return finish(solver, problem, plan, started=started, message=message)
 
 
-def _is(name: str, sublayer: str) -> bool:
+def is_sublayer(name: str, sublayer: str) -> bool:
     """Whether a kind is of a sublayer: "fc" and "fc_2" are of "fc"."""
     return name == sublayer or name.startswith(f"{sublayer}_")
 

@@ -17,7 +17,7 @@ from ..models.kernel_mapping import KernelMappingPlan
 from ..models.kernel_mapping_tables import KernelMappingTables
 from ..models.serving import PolicyState
 from .kernel_mapping import PatternMapping, TableMapping
-from .kernel_mapping_heuristics import GreedyMapping, SingleTierMapping, UniformMapping, _is
+from .kernel_mapping_heuristics import GreedyMapping, UniformMapping, is_sublayer
 from .result import Solver
 
 NO_PLAN = -1
@@ -57,10 +57,12 @@ class SingleTier:
     tier: str | None = None
 
     def decide(self, state: PolicyState, /) -> KernelMappingPlan:
-        """All slices there."""
-        if state.previous is not None:
-            return state.previous
-        return SingleTierMapping(self.tier).solve(state.longest).unwrap()
+        """All slices there, whether or not they fit; ValueError if there is no such tier."""
+        names = state.window.tables.tier_names
+        if self.tier is not None and self.tier not in names:
+            raise ValueError(f"SingleTier: there is no tier {self.tier!r}; tiers are {list(names)}")
+        there = names[0] if self.tier is None else self.tier
+        return state.window.plan([[kind.slices * (name == there) for name in names] for kind in state.kinds])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,7 @@ class Greedy:
         steps, kinds = np.arange(len(seconds)), np.arange(len(slices))
         saved = tables.seconds[:, kinds, 1, slices] - tables.seconds[:, kinds, 0, slices]
         gain = -saved / np.maximum(tables.pages[:, kinds, 0, slices], 1)
-        turn = [next((i for i, part in enumerate(self.order) if _is(kind.name, part)), len(self.order)) for kind in tables.kinds]
+        turn = [next((i for i, part in enumerate(self.order) if is_sublayer(kind.name, part)), len(self.order)) for kind in tables.kinds]
         room, counts = tables.capacity.copy(), np.full((*seconds.shape[:2], 2), NO_PLAN, dtype=np.int64)
         lost = np.zeros(len(seconds), dtype=np.bool_)
         for k in np.lexsort((gain, np.broadcast_to(turn, gain.shape)), axis=-1).T:

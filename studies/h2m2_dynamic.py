@@ -14,14 +14,11 @@ from typing import Any
 import pandas as pd
 
 from memsplit import __version__
-from memsplit.dse import plot_lines, show, study_arguments, write_csv
-from memsplit.dse.replay import Migration, Replay, replay
-from memsplit.dse.study import INTERRUPTED, beside, finished_rows
-from memsplit.models import FIRST_PRINCIPLES, H2M2_CALIBRATED, Profile, System
+from memsplit.dse import INTERRUPTED, Migration, Replay, beside, finished_rows, plot_lines, replay, show, study_arguments, write_csv
+from memsplit.models import FIRST_PRINCIPLES, H2M2_CALIBRATED, Profile, System, Trace, h2m2_trace
 from memsplit.models.presets import GPT3_175B, H2M2_SYSTEM, LPDDR_ONLY_SYSTEM
-from memsplit.models.trace import Trace, h2m2_trace
 from memsplit.models.units import ns
-from memsplit.solvers.policies import FlexGenStatic, Greedy, Hysteresis, Myopic, Policy, SingleTier, Static
+from memsplit.solvers import FlexGenStatic, Greedy, Hysteresis, Myopic, Policy, SingleTier, Static
 
 BATCH = 32
 
@@ -146,17 +143,17 @@ def meaning(frame: pd.DataFrame, summary: pd.DataFrame) -> str:
     """What the table says, in a few lines."""
     lines = []
     for (profile, mean_output), part in summary.groupby(["profile", "mean_output"], sort=False):
-        means = part.set_index("policy")
         found = []
         for (policy, column), value in PUBLISHED.items():
-            ours = float(means.loc[policy, column])
+            ours = float(part[part["policy"] == policy][column].iloc[0])
             found.append(f"{policy} {column.replace('_', ' ')} {ours:.3f} (published {value:g}, {ours / value - 1:+.1%})")
-        lines.append(f"{profile}, {mean_output:g} tokens a request on average: {'; '.join(found)}.")
+        lines.append(f"{profile!s}, {mean_output!s} tokens a request on average: {'; '.join(found)}.")
     first = summary[(summary["profile"] == FIRST_PRINCIPLES.name) & (summary["mean_output"] == 128)].set_index("policy")
-    moving = [f"{name} {first.loc[name, 'migration_share']:.2%}" for name in ("greedy", "myopic", "hysteresis")]
+    share = first["migration_share"].to_dict()
+    moving = [f"{name} {share[name]:.2%}" for name in ("greedy", "myopic", "hysteresis")]
     lines.append(f"Share of the time that goes into migration: {', '.join(moving)}.")
-    best = first.drop(index="oracle")["speedup"].idxmax()
-    lines.append(f"Nearest to the oracle of those that pay for migration: {best}, {first.loc[best, 'share_of_oracle']:.2%} of it.")
+    best = first.drop(index="oracle").sort_values("speedup").reset_index().iloc[-1]
+    lines.append(f"Nearest to the oracle of those that pay for migration: {best['policy']}, {best['share_of_oracle']:.2%} of it.")
     same = frame[frame["profile"] == FIRST_PRINCIPLES.name]
     rates = same.pivot_table(index=["mean_output", "seed"], columns="policy", values="throughput_tok_per_s")
     for name in ("static", "hysteresis"):

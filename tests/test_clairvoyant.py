@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 from conformance import ExactCase
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import all_plans, enumerate_optimum, linear, random_problem, table_problem
 
@@ -138,9 +138,9 @@ class TestTables:
         assert result.objective == pytest.approx(stages.sum(axis=0).min(), rel=SUMS)
 
     def test_of_equal_paths_one_that_stays_is_taken(self):
-        """All paths take 4 s, as moves are free."""
-        result = DynamicProgramClairvoyant().solve(ClairvoyantProblem.from_tables(np.ones((4, 3)), np.zeros((3, 3))))
-        assert result.plan == (0, 0, 0, 0)
+        """Moves are free and plan 1 is faster at the end: (0, 0, 1) and (1, 1, 1) take 3 s."""
+        problem = ClairvoyantProblem.from_tables([[1, 1], [1, 1], [2, 1]], np.zeros((2, 2)))
+        assert DynamicProgramClairvoyant().solve(problem).plan == (1, 1, 1)
 
     @pytest.mark.parametrize("initial", [None, 1])
     def test_one_iteration_and_one_plan(self, initial):
@@ -195,7 +195,7 @@ class TestTables:
 
 
 class TestSplits:
-    @settings(max_examples=40)
+    @settings(max_examples=12)
     @given(seed=st.integers(0, 10**6))
     def test_stages_and_moves_are_those_of_the_mapping_problem(self, seed):
         """Every plan of an iteration, and every move, against ``evaluate`` and ``transition``."""
@@ -222,9 +222,6 @@ class TestSplits:
 
     @settings(max_examples=25)
     @given(seed=st.integers(0, 10**6))
-    @example(seed=1)
-    @example(seed=3)
-    @example(seed=7)
     def test_all_solvers_find_the_best_of_all_paths(self, seed):
         """The minimum taken kind by kind is that over all pairs of plans; the plans that bounds rule out are on no better path."""
         problem = random_splits(seed)
@@ -263,14 +260,22 @@ class TestSplits:
         if optimum is not None:
             assert result.bound <= optimum <= result.objective * (1 + SUMS)
 
-    def test_the_bound_is_the_optimum_where_every_slice_moves_as_many_pages_as_it_frees(self):
-        """Moves are then an L1 distance, and without latency nothing is left out."""
+    @settings(max_examples=25)
+    @given(seed=st.integers(0, 10**6))
+    def test_without_latency_the_bound_is_the_optimum(self, seed):
+        """All that it leaves out is the latency of moves (seeds 1 mod 3 have some); 1e-11 is what it is rounded down by, and sums."""
+        problem = random_splits(3 * seed, iterations=5)
+        optimum = DynamicProgramClairvoyant().solve(as_tables(problem)).objective
+        assert ClairvoyantBound().value(problem) == pytest.approx(math.inf if optimum is None else optimum, rel=1e-11)
+
+    def test_the_bound_leaves_out_latencies_and_free_moves_leave_out_more(self):
         rng = np.random.default_rng(0)
         problems = [linear(rng.uniform(1, 3, (3, 2)), [2, 3, 1], [14, 30], 4) for _ in range(8)]
-        problem = ClairvoyantProblem.build(problems, system=links(up=7.0, down=5.0))
-        optimum = DynamicProgramClairvoyant().solve(as_tables(problem)).objective
-        assert ClairvoyantBound().value(problem) == pytest.approx(optimum, rel=1e-11)
-        assert ClairvoyantBound(migration=False).value(problem) < optimum * 0.99
+        problem = ClairvoyantProblem.build(problems, system=links(up=7.0, down=5.0, latency=0.1))
+        optimum = ExactClairvoyant(counts=2).solve(problem).objective
+        free, charged = ClairvoyantBound(migration=False).value(problem), ClairvoyantBound().value(problem)
+        assert free < charged * 0.99
+        assert charged < optimum * (1 - 1e-6)
 
     @settings(max_examples=25)
     @given(seed=st.integers(0, 10**6))
@@ -295,20 +300,21 @@ class TestSplits:
         assert taken[0] == pytest.approx(stages.sum(axis=0).min(), rel=SUMS)
         assert taken[-1] == pytest.approx(stages.min(axis=1).sum(), rel=1e-9)  # 1e-11 s a byte
 
-    def test_an_included_path_is_never_better_than_the_grid(self):
-        """A policy's path off a coarse grid, until it is included."""
-        problem = random_splits(20, iterations=5, kinds=2, slices=5)
+    def test_the_grid_is_no_worse_than_the_paths_it_includes(self):
+        """Seed 50: the plans of the optimum are off a grid of two counts a kind and of the iterations' own optima, by more than 1 %."""
+        problem = random_splits(50, iterations=5, kinds=2, slices=5)
         optimum = ExactClairvoyant(counts=2).solve(problem)
+        assert DynamicProgramClairvoyant(counts=2).solve(problem).objective > optimum.objective * 1.01
         with_path = DynamicProgramClairvoyant(counts=2, include=(optimum.plan,)).solve(problem)
         assert with_path.objective == pytest.approx(optimum.objective, rel=SUMS)
-        assert DynamicProgramClairvoyant(counts=2).solve(problem).objective >= optimum.objective * (1 - SUMS)
 
     def test_where_too_many_plans_are_left_the_grid_path_comes_with_its_bound(self):
-        problem = random_splits(20, iterations=5, kinds=2, slices=5)
+        problem = random_splits(50, iterations=5, kinds=2, slices=5)
         optimum = ExactClairvoyant(counts=2).solve(problem)
         result = ExactClairvoyant(counts=2, most=1).solve(problem)
         assert result.objective == DynamicProgramClairvoyant(counts=2).solve(problem).objective
-        assert result.bound <= optimum.objective <= result.objective
+        assert result.bound <= optimum.objective < result.objective
+        assert result.status is Status.FEASIBLE
         rough = ExactClairvoyant(counts=2, relative_gap=0.9).solve(problem)
         assert (rough.status, rough.objective) == (Status.OPTIMAL, result.objective)
 
@@ -318,6 +324,30 @@ class TestSplits:
         for solver in (DynamicProgramClairvoyant(), DynamicProgramClairvoyant(counts=None), ExactClairvoyant()):
             assert "no plan fits in iterations 1, 3;" in solver.solve(problem).message
         assert ClairvoyantBound().value(problem) == math.inf
+
+    @settings(max_examples=15)
+    @given(seed=st.integers(0, 10**6))
+    def test_what_runs_beside_an_iteration_adds_its_seconds(self, seed):
+        """Prefills have barriers, other times and pages of their own, which do not count: the cache is that of the decode step."""
+        rng = np.random.default_rng(seed)
+        first, second, prefill = (
+            linear(rng.uniform(1, 3, (2, 2)), pages, [9, 30], [3, 4], t_sync=0.5) for pages in ([2, 3], [2, 3], [100, 100])
+        )
+        problem = ClairvoyantProblem.build([first, second], beside=[(), (prefill, prefill)], system=links(up=9.0, down=9.0))
+        alone = ClairvoyantProblem.build([first, second], system=links(up=9.0, down=9.0))
+        for plan in all_plans(first):
+            p, cost = problem.number(plan), second.evaluate(plan)
+            expected = cost.latency + 2 * prefill.evaluate(plan).latency if cost.fits else math.inf
+            assert problem.stage(1)[p] == pytest.approx(expected, rel=SUMS)
+            assert problem.stage(0)[p] == pytest.approx(alone.stage(0)[p], rel=SUMS)
+        assert np.array_equal(problem.migration(1), alone.migration(1))
+        agrees(ExactClairvoyant(counts=2).solve(problem), best_of_all_paths(problem), problem)
+
+    def test_tables_of_many_iterations_are_their_problems(self):
+        problems = [linear([[1, 2 + i], [2, 3]], [2, 3], [9, 30], 3) for i in range(3)]
+        problem = ClairvoyantProblem.build(problems, system=links())
+        again = ClairvoyantProblem.build(problem.steps.tables, system=links())
+        assert all(np.array_equal(problem.stage(i), again.stage(i)) for i in range(3))
 
     def test_gpt3_on_h2m2_is_solved_over_all_plans(self):
         """Two contexts; 97^3 plans in pages of 2 MiB; the myopic path is one of them."""
@@ -338,11 +368,11 @@ class TestSplits:
 
 class TestRegret:
     def test_it_lies_between_the_best_known_and_the_bound(self):
-        """110 s against a path of 100 s and a bound of 88 s, which is within 5 % of neither 110 s nor 100 s, but of 92 s."""
-        result = SolverResult(solver="x", status=Status.FEASIBLE, plan=(0,), objective=100.0, bound=88.0)
-        assert regret(110.0, result) == (pytest.approx(0.1), pytest.approx(0.25), False)
-        assert not regret(110.0, result, best=100.0).informative
-        assert regret(110.0, result, best=92.0).informative
+        """110 s against a path of 100 s and a bound of 94 s, which is within 5 % of neither, but of another policy's 96 s."""
+        result = SolverResult(solver="x", status=Status.FEASIBLE, plan=(0,), objective=100.0, bound=94.0)
+        assert regret(110.0, result) == (pytest.approx(0.1), pytest.approx(110 / 94 - 1), False)
+        assert regret(110.0, result, best=96.0).informative
+        assert regret(150.0, replace(result, bound=100.0)).informative
         assert regret(99.0, result).lower < 0
 
     def test_what_is_unknown_is_none(self):
@@ -405,8 +435,15 @@ class TestRefusals:
             ClairvoyantProblem.build([one, replace(one, grouped=False)], system=links())
         with pytest.raises(ValueError, match="takes two memories"):
             ClairvoyantProblem.build([linear([[1, 2, 3]], [1], [9, 9, 9], 3)], system=links())
-        with pytest.raises(ValueError, match="one barrier time"):
+        with pytest.raises(ValueError, match="iteration 1 has the barrier time 1 s"):
             ClairvoyantProblem.build([one, linear([[1, 2]], [1], [9, 9], 3, t_sync=1.0)], system=links())
+
+        with pytest.raises(ValueError, match="beside has 1 iterations, and the trace 2"):
+            ClairvoyantProblem.build([one, one], beside=[()], system=links())
+        with pytest.raises(ValueError, match="what runs beside iteration 0 has other kinds"):
+            ClairvoyantProblem.build([one], beside=[(linear([[1, 2]], [1], [9, 9], 4),)], system=links())
+        with pytest.raises(ValueError, match="links of a system: pass system="):
+            ClairvoyantProblem.build(one.tables)
 
     def test_plans_of_another_problem(self):
         problem = ClairvoyantProblem.build([linear([[1, 2]], [1], [9, 9], 3, layers=2)], system=links())
