@@ -11,6 +11,7 @@ from .mapping_score import MappingScore
 from .mapping_sweep import MappingSweep
 from .offload_score import OffloadScore
 from .pareto import Objective, hypervolume, non_dominated, pareto
+from .plan_score import PlanScore
 from .plots import plot_front, plot_lines
 from .ratio_sweep import RatioSweep
 from .record import record
@@ -47,6 +48,7 @@ __all__ = [
     "Migration",
     "Objective",
     "OffloadScore",
+    "PlanScore",
     "RandomSearch",
     "RatioSweep",
     "Replay",

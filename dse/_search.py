@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .explore import Constraint
 
-OWN_COLUMNS = ("trial", "feasible", "on_front", "seed", "design")
+OWN_COLUMNS = ("trial", "within_limits", "on_front", "seed", "design")
 _POLL = 0.2  # s between two looks at what other processes still price
 
 
@@ -32,7 +32,7 @@ class Finished:
     parameters: dict[str, Any]
     design: Any
     score: dict[str, Any] | None
-    feasible: bool
+    within_limits: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +101,8 @@ class Search:
 
     def row(self, number: int, parameters: dict[str, Any], design: Any, score: dict[str, Any] | None) -> Finished:
         """What becomes of a checked score."""
-        feasible = score is not None and all(violation <= 0 for violation in self.violations(score).values())
-        return Finished(number, parameters, design, score, feasible)
+        within = score is not None and all(violation <= 0 for violation in self.violations(score).values())
+        return Finished(number, parameters, design, score, within)
 
 
 def in_generations(search: Search, study: Study, pricing: Pricing, record: Record | None) -> Iterator[Finished]:

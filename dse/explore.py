@@ -93,10 +93,11 @@ def explore(
     ``grpc://host:port`` of Optuna's proxy, or a storage of Optuna's. The same call goes on where it was stopped or killed; ``trials``
     is the total, and may have grown. A name belongs to its objectives, constraints, settings, sampler, seed and population.
 
-    ``synchronous``: each population is asked, priced and told as a whole and in order. With ``workers`` above 1 its pricing is spread over
-    so many processes, for which the score has to be importable and the script to have ``if __name__ == "__main__":``. The frame is the same
-    for any number of workers and wherever the search was stopped, given a sampler with a seed and a score that prices a design the same in
-    any company: what the storage knows is told to a fresh sampler again, which costs its time, and is not priced again.
+    ``synchronous``: each population is asked, priced and told as a whole and in order. With ``workers`` above 1 its pricing is spread
+    over so many processes, for which the score has to be importable and the script to have ``if __name__ == "__main__":``. The frame is
+    the same for any number of workers and wherever the search was stopped (one process at a time: two would both do all the work),
+    given a sampler with a seed and a score that prices a design the same in any company: what the storage knows is told to a fresh
+    sampler again, which costs its time, and is not priced again.
 
     ``synchronous=False``: any number of processes and machines run the same call with one ``storage`` and ``name``, and each asks whenever
     a worker is free. **Which designs are tried then depends on timing**, not on the seed alone. Exactly ``trials`` designs are finished at
@@ -104,10 +105,10 @@ def explore(
     replaced.
 
     The frame has one row a design on the front (once, however often it was proposed) or, with ``dominated``, one a trial that
-    was not infeasible. Columns: trial, the parameters, the score's, feasible, on_front, seed. The front comes first,
-    best first in the first objective. ``attrs``: "finished" trials, of them "infeasible" (score None); "interrupted", whether
-    Ctrl-C ended the search; "designs" by trial, and "settings", what else the rows depend on, both for ``write_csv``; "sampler", its
-    fields.
+    was not infeasible. Columns: trial, the parameters, the score's, within_limits, on_front, seed. The front comes first,
+    best first in the first objective. ``attrs``: "finished" trials, of them "infeasible" (score None), and of the others "violating"
+    constraints; "interrupted", whether Ctrl-C ended the search; "designs" by trial, and "settings", what else the rows depend on, both for
+    ``write_csv``; "sampler", its fields.
 
     Ctrl-C and ``timeout`` [s] keep what is finished; if nothing is, KeyboardInterrupt goes on. ``progress``: a bar on stderr;
     None: if stderr is a terminal.
@@ -164,6 +165,7 @@ def explore(
     frame.attrs |= {
         "finished": len(finished),
         "infeasible": sum(done.score is None for done in finished),
+        "violating": sum(done.score is not None and not done.within_limits for done in finished),
         "interrupted": interrupted,
         "designs": Shared({done.number: done.design for done in finished if done.number in kept}),
         "settings": Shared(settings or {}),
@@ -241,15 +243,15 @@ def _frame(finished: list[Finished], search: Search, seed: int | None) -> pd.Dat
     required = [] if rows else search.names
     names = [name for done in finished for name in done.parameters] + [name for done in rows for name in done.score or ()] + required
     frame = pd.DataFrame(
-        [{"trial": done.number, **done.parameters, **(done.score or {}), "feasible": done.feasible} for done in rows],
-        columns=list(dict.fromkeys(["trial", *names, "feasible"])),
-    ).astype({"trial": int, "feasible": bool})
+        [{"trial": done.number, **done.parameters, **(done.score or {}), "within_limits": done.within_limits} for done in rows],
+        columns=list(dict.fromkeys(["trial", *names, "within_limits"])),
+    ).astype({"trial": int, "within_limits": bool})
     values = minimised(frame, search.objectives)
-    feasible = frame["feasible"].to_numpy()
-    on_front = feasible.copy()
-    on_front[feasible] = non_dominated(values[feasible])
+    within = frame["within_limits"].to_numpy()
+    on_front = within.copy()
+    on_front[within] = non_dominated(values[within])
     frame = frame.assign(on_front=on_front, seed=seed)
-    return frame.iloc[np.lexsort((frame["trial"], *values.T[::-1], ~feasible, ~on_front))].reset_index(drop=True)
+    return frame.iloc[np.lexsort((frame["trial"], *values.T[::-1], ~within, ~on_front))].reset_index(drop=True)
 
 
 def _let_it_stop(study: Study) -> None:

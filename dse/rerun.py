@@ -15,6 +15,7 @@ from ..models.systems import column_place
 from .explain import Explanation, explain
 from .mapping_score import MappingScore
 from .offload_score import OffloadScore
+from .plan_score import PlanScore
 from .step_sweep import MORE_COLUMNS
 from .table import read_designs, read_table
 
@@ -56,10 +57,11 @@ def explain_row(path: str | Path, row: int = 0, *, step: float = 1.0) -> tuple[E
     solver = getattr(score, "solver", None)
     try:
         problems = score.problems(design)
+        plan = score.plan(design) if hasattr(score, "plan") else None
     except (TypeError, AttributeError) as error:
         raise ValueError(f"the design of row {row} in the JSON beside {path} is damaged: {error}; write the table again") from None
     # A score's own solver is that of its first problem.
-    return tuple(explain(problem, solver=None if number else solver, step=step) for number, problem in enumerate(problems))
+    return tuple(explain(problem, plan, solver=None if number else solver, step=step) for number, problem in enumerate(problems))
 
 
 def _stored(path: str | Path, row: int) -> tuple[pd.DataFrame, Any, Any]:
@@ -74,7 +76,8 @@ def _stored(path: str | Path, row: int) -> tuple[pd.DataFrame, Any, Any]:
     key = str(table.loc[row, "design"])
     if key not in stored["designs"]:
         raise ValueError(f"{path}: design {key!r} of row {row} is not in the JSON beside it; the two files do not belong together")
-    return table, _score(path, stored["settings"]), stored["designs"][key]
+    score = stored["settings"].get("score") if isinstance(stored["settings"], Mapping) else None
+    return table, score if isinstance(score, PlanScore) else _score(path, stored["settings"]), stored["designs"][key]
 
 
 def _sweep_score(path: str | Path) -> Any:

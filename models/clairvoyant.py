@@ -184,6 +184,9 @@ class SplitSteps:
     def on(self, counts: Sequence[ArrayLike]) -> SplitSteps:
         """The steps of the plans with these counts only; each must be among this one's."""
         chosen = tuple(np.unique(np.asarray(some, dtype=np.int64)) for some in counts)
+        for kind, own, some in zip(self.kinds, self.counts, chosen, strict=True):
+            if not np.isin(some, own).all():
+                raise ValueError(f"the steps know {len(own)} counts of {kind.name}, and others are asked for; start from all plans")
         places = tuple(np.searchsorted(own, some) for own, some in zip(self.counts, chosen, strict=True))
 
         def taken(columns: tuple[NDArray[Any], ...]) -> tuple[NDArray[Any], ...]:

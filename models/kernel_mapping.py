@@ -289,8 +289,9 @@ class KernelMappingProblem:
             return f"{need:.6g} GB would fit into {tiers}, but not slice by slice in whole pages; cut {cut}{also}, or leave more room"
         roomiest = self.tier_names[int(np.argmax(room))]
         short = need - sum(room)
-        return f"{need:.6g} GB are needed and {tiers} hold {sum(room):.6g} GB; enlarge {roomiest} by {short:.6g} GB" + self._way_out(
-            sum(room)
+        return (
+            f"{need:.6g} GB are needed and {tiers} hold {sum(room):.6g} GB; enlarge {roomiest} by at least {short:.6g} GB"
+            + self._way_out(sum(room))
         )
 
     def _way_out(self, room: float) -> str:
@@ -301,7 +302,7 @@ class KernelMappingProblem:
         if left < 0:
             return f"; the weights alone ({workload.weight_bytes / GB:.6g} GB at {workload.weight_bits:g} bits) do not fit"
         context = int(left / (workload.state_bytes / workload.context)) if workload.state_bytes else 0
-        return f", or serve a context of about {context} instead of {workload.context} tokens at batch {workload.batch}"
+        return f", or serve a context of less than about {context + 1} instead of {workload.context} tokens at batch {workload.batch}"
 
     def _by_layer(self, plan: KernelMappingPlan) -> list[NDArray[np.int64]]:
         self._check(plan)

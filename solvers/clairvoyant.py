@@ -41,7 +41,7 @@ MOST_ARCS = 200_000
 """Moves that ``MilpClairvoyant`` takes at most."""
 
 MOST_STATES = 2 * 10**9
-"""Iterations x plans up to which bounds charge for moves: half a minute of one core, 2,000 iterations of GPT3-175B."""
+"""Iterations x plans up to which bounds charge for moves: a minute of one core, 2,000 iterations of GPT3-175B."""
 
 INFORMATIVE = 0.05
 """A bound further than this from the best policy says little about it."""

@@ -22,6 +22,7 @@ from memsplit.dse import (
     Constraint,
     MappingScore,
     Objective,
+    PlanScore,
     beside,
     explore,
     plot_front,
@@ -37,6 +38,10 @@ from memsplit.models.units import GB, TB
 from memsplit.solvers import front_of_designs
 
 OBJECTIVES = ("latency_s", "memory_usd", "energy_J")
+HELP = (
+    f"columns of numbers, as {' '.join(OBJECTIVES)} (default), throughput_tok_per_s, energy_J_per_tok, power_W, system_usd, usd_per_Mtok, "
+    "area_mm2, HBM_headroom_GB; throughput and headroom are maximised, all others minimised"
+)
 MORE_IS_BETTER = ("throughput_tok_per_s", "headroom_GB")
 """Endings of the columns that are maximised; all others are minimised."""
 
@@ -73,33 +78,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(
             f"none of {finished} designs holds {llm.name} at batch {workload.batch} and context {workload.context}; lower them"
         )
-    if not designs["feasible"].any():
-        raise ValueError(f"none of {finished} designs is within the limits {', '.join(arguments.at_most + arguments.at_least)}; relax them")
-    parameters = list(designs.columns[1 : list(designs.columns).index("latency_s")])
-    front = designs[designs["on_front"]].drop_duplicates(parameters)
-    write_csv(arguments.out, front)
+    limits = arguments.at_most + arguments.at_least
+    inside = designs[designs["within_limits"]]
     write_csv(everything, designs)
+    if inside.empty:
+        nearest = ", ".join(f"{one.name} {nearest_value(designs, one):.6g}" for one in constraints)
+        raise ValueError(
+            f"none of {len(designs)} designs that hold the LLM is within the limits {', '.join(limits)}; relax them (each for itself, "
+            f"designs reach {nearest}; all are in {everything})"
+        )
+    parameters = list(designs.columns[1 : list(designs.columns).index("latency_s")])
+    front = inside[inside["on_front"]].drop_duplicates(parameters)
+    write_csv(arguments.out, front)
+    within = f" within {', '.join(limits)}" if limits else ""
     if len(objectives) > 1:
-        plot_front(designs, objectives[:3], picture, title=f"{llm.name}, batch {workload.batch}, context {workload.context}")
-    hidden = ("trial", "feasible", "on_front", "seed", "version", "assumed", "solver", "profile")
+        plot_front(inside, objectives[:3], picture, title=f"{llm.name}, batch {workload.batch}, context {workload.context}{within}")
+    hidden = ("trial", "within_limits", "on_front", "seed", "version", "assumed", "solver", "profile")
     columns = [name for name in front.columns if name not in hidden and not name.endswith("_without")]
-    show(front[columns], title=f"Pareto front: {len(front)} of {finished} designs; {lost} cannot hold the LLM", rows=15)
+    lost = f"{lost} cannot hold the LLM" + (f", {designs.attrs['violating']} are not{within}" if limits else "")
+    show(
+        front[columns],
+        title=f"Pareto front of {', '.join(one.name for one in objectives)}: {len(front)} of {finished} designs; {lost}",
+        rows=15,
+    )
     if designs.attrs["interrupted"]:
         print(f"Written: {arguments.out} (front), {everything} (all)")
         return INTERRUPTED
-    mappings = latency_energy(designs[designs["feasible"]].drop_duplicates(parameters), score)
+    mappings = latency_energy(inside.drop_duplicates(parameters), score)
     write_csv(inner, mappings.assign(profile=score.profile.name, seed=arguments.seed, version=__version__))
     slower = int((~mappings["fastest"]).sum())
     print(
-        f"\nFront over latency and energy of all mappings of all designs: {len(mappings)} points of {mappings['trial'].nunique()} designs; "
-        f"{slower} are mappings that are not the fastest of their design."
+        f"\nFront over latency and energy of all mappings of the designs{within}: {len(mappings)} points of "
+        f"{mappings['machine'].nunique()} designs; {slower} are mappings that are not the fastest of their design."
     )
-    without = front.get("energy_without", pd.Series([""])).iloc[0]
-    print(f"energy_J: a step under the fastest mapping{f', without {without} (unknown)' if without else ''}.")
+    for columns_of, what in (("energy", "energy_J, energy_J_per_tok, power_W"), ("usd", "system_usd, usd_per_Mtok"), ("area", "area_mm2")):
+        without = front[f"{columns_of}_without"].iloc[0] if f"{columns_of}_without" in front else ""
+        if without:
+            print(f"{what}: without {without}, which the data sheet does not say.")
     print(f"Assumed, not sourced: {front['assumed'].iloc[0]}.")
     written = f"{arguments.out} (front), {everything} (all), {inner} (mappings)" + (f", {picture}" if len(objectives) > 1 else "")
     print(f"Written: {written}; rerun a row: memsplit rerun {arguments.out} --row 0; explain it: memsplit explain {arguments.out} --row 0")
     return 0
+
+
+def nearest_value(designs: pd.DataFrame, constraint: Constraint) -> float:
+    """The value of a constraint's column that is nearest to its limit."""
+    values = designs[constraint.name].astype(float)
+    return float(values.min() if constraint.at_most is not None else values.max())
 
 
 def limit(text: str, side: str) -> Constraint:
@@ -112,23 +137,26 @@ def limit(text: str, side: str) -> Constraint:
 
 
 def latency_energy(designs: pd.DataFrame, score: MappingScore) -> pd.DataFrame:
-    """The front over latency and moving energy of all mappings of ``designs``: trial, latency, energy, the mapping, whether it is the
-    fastest of its design."""
-    trials = designs["trial"].tolist()
-    problems = [problem for trial in trials for problem in score.problems(designs.attrs["designs"][trial])]
+    """The front over latency and moving energy of all mappings of ``designs``: design (a trial), latency, energy, the mapping, whether it
+    is the fastest of its design. Rows can be rerun: a design of this table is a machine with its mapping."""
+    trials, built = designs["trial"].tolist(), designs.attrs["designs"]
+    problems = [problem for trial in trials for problem in score.problems(built[trial])]
     fastest = dict(zip(trials, designs["latency_s"].tolist(), strict=True))
+    front = front_of_designs(problems, static=False)
     rows = [
         {
-            "trial": trials[one.design],
+            "trial": number,
+            "machine": trials[one.design],
             "latency_s": one.latency,
             "moving_energy_J": one.energy,
             "plan": str(one.plan),
             "fastest": one.latency <= fastest[trials[one.design]] * (1 + 1e-12),  # sums in another order
         }
-        for one in front_of_designs(problems, static=False)
+        for number, one in enumerate(front)
     ]
     found = pd.DataFrame(rows)
-    found.attrs |= {"designs": designs.attrs["designs"], "settings": designs.attrs["settings"]}
+    found.attrs["designs"] = {number: (built[trials[one.design]], one.plan) for number, one in enumerate(front)}
+    found.attrs["settings"] = {"score": PlanScore(workload=score.workload, profile=score.profile, granularity=score.granularity)}
     return found
 
 
@@ -162,7 +190,7 @@ def varied(system: System, trial: Any) -> System:
 def _extra(parser: argparse.ArgumentParser) -> None:
     serving_arguments(parser, batch=128)
     parser.add_argument("--trials", type=positive, default=300, help="designs to price (default: %(default)s)")
-    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), metavar="COLUMN", help=f"(default: {' '.join(OBJECTIVES)})")
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), metavar="COLUMN", help=HELP)
     parser.add_argument(
         "--at-most", nargs="+", default=[], metavar="COLUMN=VALUE", help="as in latency_s=0.05 system_usd=20000 power_W=700"
     )

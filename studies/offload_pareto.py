@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_csv(arguments.out, front)
     write_csv(everything, designs)
     plot_front(designs, OBJECTIVES, picture, title=f"{llm.name} offloaded, context {workload.context}")
-    hidden = ("trial", "feasible", "on_front", "seed", "version", "assumed", "solver", "profile", "status")
+    hidden = ("trial", "within_limits", "on_front", "seed", "version", "assumed", "solver", "profile", "status")
     shown = [name for name in front.columns if name not in hidden and not name.endswith("_blocks")]
     show(front[shown], title=f"Pareto front: {len(front)} of {finished} designs; {lost} cannot hold the LLM", rows=15)
     losses = designs["heuristic_loss"].astype(float).dropna()

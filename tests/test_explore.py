@@ -41,7 +41,7 @@ def test_every_design_of_a_small_space_gives_its_known_front():
         *[(bandwidth, "lpddr") for bandwidth in (4, 3, 2, 1)],
     ]
     assert frame.columns.tolist() == [
-        *["trial", "bandwidth_GBps", "memory", "latency_s", "memory_usd", "power_W", "feasible", "on_front", "seed"]
+        *["trial", "bandwidth_GBps", "memory", "latency_s", "memory_usd", "power_W", "within_limits", "on_front", "seed"]
     ]
     assert frame["latency_s"].is_monotonic_increasing
     assert frame["seed"].isna().all(), "the sampler's own seed is not ours to state"
@@ -107,9 +107,9 @@ def test_the_default_sampler_beats_random_search_on_a_narrow_front():
 
 def test_rows_over_a_limit_are_reported_but_never_on_the_front():
     frame = explore_all(constraints=[Constraint("power_W", at_most=10, at_least=4)], dominated=True)
-    assert (frame["feasible"] == frame["power_W"].between(4, 10)).all()
+    assert (frame["within_limits"] == frame["power_W"].between(4, 10)).all()
     assert frame[frame["on_front"]]["bandwidth_GBps"].tolist() == [5, 4, 3, 2]
-    assert frame["feasible"].tolist() == sorted(frame["feasible"], reverse=True)
+    assert frame["within_limits"].tolist() == sorted(frame["within_limits"], reverse=True)
 
 
 def test_constraints_reach_the_sampler():
@@ -123,7 +123,7 @@ def test_constraints_reach_the_sampler():
 
     known = explore(wide, price, [TIME], trials=600, constraints=[Constraint("power_W", at_most=300)], dominated=True)
     unknown = explore(wide, price, [TIME], trials=600, dominated=True)
-    assert known["feasible"].sum() > 2 * (unknown["power_W"] <= 300).sum()
+    assert known["within_limits"].sum() > 2 * (unknown["power_W"] <= 300).sum()
 
 
 def test_a_sampler_that_has_tried_everything_ends_the_search():
@@ -148,7 +148,7 @@ def test_if_nothing_fits_the_frame_is_empty_with_all_columns():
     frame = explore(design, lambda machine: None, [TIME], trials=7, constraints=[Constraint("power_W", at_most=1)])
     assert frame.empty
     assert frame.columns.tolist() == [
-        *["trial", "bandwidth_GBps", "memory", "latency_s", "power_W", "feasible", "on_front", "seed"],
+        *["trial", "bandwidth_GBps", "memory", "latency_s", "power_W", "within_limits", "on_front", "seed"],
     ]
     assert (frame.attrs["finished"], frame.attrs["infeasible"]) == (7, 7)
 
