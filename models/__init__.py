@@ -4,6 +4,7 @@ if not __name__.startswith("memsplit."):
     raise ImportError("import memsplit.models, not models: two copies of each class would break isinstance and pickles")
 
 from .cache_ratio import CacheRatioPlan, CacheRatioProblem, LinearTime, RatioLayer
+from .clairvoyant import ClairvoyantProblem, PathCost
 from .estimate import STEP_DATASHEET, STEP_FUSED, StepEstimate, StepMachines, StepModel, StepProfile, tensor_parallel
 from .hardware import ComputeUnit, Link, MemoryTier, System
 from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, PlanCost, Split, TransitionCost
@@ -55,6 +56,7 @@ __all__ = [
     "CacheRatioBatch",
     "CacheRatioPlan",
     "CacheRatioProblem",
+    "ClairvoyantProblem",
     "ComputeUnit",
     "GenerationCost",
     "Kernel",
@@ -78,6 +80,7 @@ __all__ = [
     "OffloadProfile",
     "OffloadRatios",
     "Operation",
+    "PathCost",
     "PlacementPlan",
     "PlacementProblem",
     "PlacementProfile",

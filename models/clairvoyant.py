@@ -12,8 +12,8 @@ of the slices that each kind of sublayer puts on the first of two memories (H2M2
 The iterations are given: which requests run together must not depend on the plan, or else this is the optimum for that schedule.
 Migration is waited for; where it is hidden behind an iteration, only the bound with free moves (``ClairvoyantBound``) holds.
 
-The bytes are those of ``KernelMappingProblem.transition`` and the times those of ``paging.migration_time``: the pages by which the one
-memory grows, as far as the other shrinks. Each of the two is a weighted L1 distance between the slices; whole pages make them differ.
+The bytes are those of ``KernelMappingProblem.transition`` and the times those of ``paging.migration_time``: the pages by which a memory
+grows, a weighted L1 distance between the slices.
 """
 
 from __future__ import annotations
@@ -206,8 +206,7 @@ class SplitSteps:
     def moved(self, iteration: int, kind: int, source: Place, target: Place) -> tuple[Counts, Counts]:
         """Bytes of a kind that go up, and down, from place ``source`` to place ``target`` of its counts, before an iteration."""
         first, second = self.first[kind][iteration], self.second[kind][iteration]
-        gain, loss = first[target] - first[source], second[source] - second[target]
-        return np.maximum(np.minimum(gain, loss), 0), np.maximum(np.minimum(-gain, -loss), 0)
+        return np.maximum(first[target] - first[source], 0), np.maximum(second[target] - second[source], 0)
 
     def arrival(self, iteration: int, plan: int) -> Array:
         """Seconds [P] to go from each plan to ``plan`` before an iteration."""
@@ -243,9 +242,8 @@ class SplitSteps:
         total = np.zeros((2, self.iterations - 1), dtype=np.int64)
         later = np.arange(1, self.iterations)
         for place, first, second in zip(np.unravel_index(np.array(path), self.shape), self.first, self.second, strict=True):
-            gain = first[later, place[1:]] - first[later, place[:-1]]
-            loss = second[later, place[:-1]] - second[later, place[1:]]
-            total += np.maximum([np.minimum(gain, loss), np.minimum(-gain, -loss)], 0)
+            growth = [column[later, place[1:]] - column[later, place[:-1]] for column in (first, second)]
+            total += np.maximum(growth, 0)
         return total[0], total[1]
 
     def _added(self, terms: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -324,8 +322,7 @@ class ClairvoyantProblem:
         if isinstance(self.steps, TableSteps):
             departure: Array = self.steps.migration(0)[self.initial]
             return departure
-        # What goes up on the way there goes down on the way back.
-        return replace(self.steps, up=self.steps.down, down=self.steps.up).arrival(0, self.initial)
+        return self.steps.pairs(0, np.array([self.initial]), np.arange(self.plans))[0]
 
     def number(self, plan: KernelMappingPlan) -> int:
         """The number of a plan that splits all layers of a kind alike; ValueError for any other."""

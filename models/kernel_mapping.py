@@ -256,24 +256,19 @@ class KernelMappingProblem:
     def transition(self, previous: KernelMappingPlan, plan: KernelMappingPlan) -> TransitionCost:
         """Bytes that change tier between two plans of this problem, layer by layer, and the seconds to move them.
 
-        A layer's slices keep their place where they can: only the growth of a tier is moved, from the tiers that shrink, nearest
-        in the order of tiers. A mapping that changed with the context is compared at this problem's context.
+        A layer's slices keep their place where they can: what a tier grows by, in whole pages, is moved there from the tiers that give up
+        slices (``moves``). A mapping that changed with the context is compared at this problem's context.
         """
         if self.system is None:
             raise ValueError("transition needs to know the links: build the problem from a System")
         moved: dict[tuple[str, str], float] = {}
         for k, (before, after) in enumerate(zip(self._by_layer(previous), self._by_layer(plan), strict=True)):
-            change = (self.pages(k, after) - self.pages(k, before)) * self.page
-            for layer in change[np.any(change != 0, axis=1)]:
-                gain = {t: int(more) for t, more in enumerate(layer) if more > 0}
-                loss = {t: int(-more) for t, more in enumerate(layer) if more < 0}
-                for target, wanted in gain.items():
-                    for source in loss:
-                        step = min(wanted, loss[source])
-                        wanted, loss[source] = wanted - step, loss[source] - step
-                        if step:
-                            way = (self.tier_names[source], self.tier_names[target])
-                            moved[way] = moved.get(way, 0.0) + step
+            both, layers = np.unique(np.concatenate([before, after], axis=1), axis=0, return_counts=True)
+            for (old, new), alike in zip(both.reshape(len(both), 2, -1), layers.tolist(), strict=True):
+                change = (self.pages(k, new) - self.pages(k, old)) * self.page
+                for source, target, nbytes in moves(change.tolist(), (new - old).tolist()):
+                    way = (self.tier_names[source], self.tier_names[target])
+                    moved[way] = moved.get(way, 0.0) + nbytes * alike
         return TransitionCost(moved=moved, latency=migration_time(self.system, moved))
 
     def explain_infeasible(self) -> str:
@@ -322,6 +317,24 @@ class KernelMappingProblem:
                     raise ValueError(
                         f"the plan puts {split.counts} slices of {kind.name} on {self.tier_names}; they must add up to {kind.slices}"
                     )
+
+
+def moves(change: Sequence[int], slices: Sequence[int]) -> list[tuple[int, int, int]]:
+    """How a layer's bytes move: (source, target, bytes) for tiers whose bytes and slices change by ``change`` and ``slices``.
+
+    What a tier grows by comes from the tiers that give up slices, in their order, from each as much as it shrinks by, and the rest from
+    the last of them: a slice that leaves a page half full is moved, too.
+    """
+    loss = {t: max(-more, 0) for t, more in enumerate(change) if slices[t] < 0}
+    found = []
+    for target, wanted in enumerate(change):
+        for source in loss if wanted > 0 else ():
+            last = source == max(loss)
+            step = wanted if last else min(wanted, loss[source])
+            wanted, loss[source] = wanted - step, max(loss[source] - step, 0)
+            if step:
+                found.append((source, target, step))
+    return found
 
 
 @lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from .checks import whole
 from .hardware import System
-from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, Split, TransitionCost
+from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, Split, TransitionCost, moves
 from .kernel_mapping_tables import Granularity, KernelMappingTables, Kind, Side, lanes_of, sublayers_of
 from .llm import LLMConfig
 from .paging import Pages, migration_time, page_walk_time
@@ -373,15 +373,10 @@ class StepWindow:
         names, moved = self.tables.tier_names, dict[tuple[str, str], float]()
         kinds, tiers, pages = np.arange(len(before))[:, None], np.arange(len(names)), self.tables.pages[row]
         change = (pages[kinds, tiers, after] - pages[kinds, tiers, before]) * self.tables.page[row]
-        for kind, layer in zip(self.tables.kinds, change.tolist(), strict=True):
-            loss = {t: -more for t, more in enumerate(layer) if more < 0}
-            for target, wanted in enumerate(layer):
-                for source in loss if wanted > 0 else ():
-                    step = min(wanted, loss[source])
-                    wanted, loss[source] = wanted - step, loss[source] - step
-                    if step:
-                        way = (names[source], names[target])
-                        moved[way] = moved.get(way, 0.0) + step * kind.layers
+        for kind, layer, slices in zip(self.tables.kinds, change.tolist(), (after - before).tolist(), strict=True):
+            for source, target, nbytes in moves(layer, slices):
+                way = (names[source], names[target])
+                moved[way] = moved.get(way, 0.0) + nbytes * kind.layers
         return TransitionCost(moved=moved, latency=migration_time(self.service.system, moved))
 
     def plan(self, counts: Sequence[Sequence[int]]) -> KernelMappingPlan:

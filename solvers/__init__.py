@@ -5,6 +5,7 @@ if not __name__.startswith("memsplit."):
 
 from .cache_ratio import ActFirstRatio, CpSatRatio, EnumerationRatio, HybridServeRatio, LpRatio, MilpRatio, SingleFormRatio
 from .cache_ratio_batch import RatioSolutions, solve_ratios
+from .clairvoyant import ClairvoyantBound, DynamicProgramClairvoyant, ExactClairvoyant, MilpClairvoyant, Regret, regret
 from .kernel_mapping import ConvexMapping, CpSatMapping, MilpMapping, PatternMapping, TableMapping
 from .kernel_mapping_front import FrontPlan, front_of_designs, latency_energy_front
 from .kernel_mapping_heuristics import FlexGenMapping, GreedyMapping, MajorMapping, NaiveMapping, SingleTierMapping, UniformMapping
@@ -18,14 +19,17 @@ from .result import Solver, SolverResult, Status
 __all__ = [
     "ActFirstRatio",
     "CharnesCooperPlacement",
+    "ClairvoyantBound",
     "ClosedFormSplit",
     "ConvexMapping",
     "CpSatBatches",
     "CpSatMapping",
     "CpSatRatio",
     "CpSatSplit",
+    "DynamicProgramClairvoyant",
     "EnumerationRatio",
     "EnumerationSplit",
+    "ExactClairvoyant",
     "FirstComeBatches",
     "FixedPlacement",
     "FixedShareSplit",
@@ -41,6 +45,7 @@ __all__ = [
     "LpRatio",
     "MajorMapping",
     "MilpBatches",
+    "MilpClairvoyant",
     "MilpMapping",
     "MilpRatio",
     "MilpSplit",
@@ -50,6 +55,7 @@ __all__ = [
     "Policy",
     "PulpPlacement",
     "RatioSolutions",
+    "Regret",
     "SingleFormRatio",
     "SingleTier",
     "SingleTierMapping",
@@ -62,6 +68,7 @@ __all__ = [
     "UniformMapping",
     "front_of_designs",
     "latency_energy_front",
+    "regret",
     "solve_ratios",
     "solve_splits",
 ]

@@ -220,19 +220,15 @@ def _without_latency(
 ) -> Array:
     """min_p values[p] + (the seconds of migration(p, q) but for latencies) for every q, [P]; ``backwards``: migration(q, p).
 
-    Bytes add up over the kinds, so the minimum is taken kind by kind. With a_j, b_j the bytes by which slice j fills the one memory and
-    frees the other, a move of a kind takes min(sum a_j, sum b_j) bytes: the lesser of two weighted distances, a sweep for each. Bytes
-    go to the first memory only if they may ``rise``, and to the second if they may ``fall``.
+    Bytes add up over the kinds, so the minimum is taken kind by kind, and a move of a kind takes the bytes by which its slices, one after
+    the other, make the one memory grow or the other: a weighted distance. Bytes go to the first memory only if they may ``rise``, and to
+    the second if they may ``fall``.
     """
     least = values.reshape(steps.shape)
     for k, (first, second) in enumerate(zip(steps.first, steps.second, strict=True)):
-        filled, freed = np.diff(first[iteration]), -np.diff(second[iteration])
-        distances = [filled] if (filled <= freed).all() else [freed] if (freed <= filled).all() else [filled, freed]
-        found = []
-        for nbytes in distances:
-            up, down = _allowed(nbytes, steps.up.bandwidth, rise), _allowed(nbytes, steps.down.bandwidth, fall)
-            found.append(_least_by_steps(least, k, *((down, up) if backwards else (up, down))))
-        least = reduce(np.minimum, found)
+        up = _allowed(np.diff(first[iteration]), steps.up.bandwidth, rise)
+        down = _allowed(-np.diff(second[iteration]), steps.down.bandwidth, fall)
+        least = _least_by_steps(least, k, *((down, up) if backwards else (up, down)))
     return least.ravel()
 
 

@@ -185,7 +185,7 @@ def test_the_most_tokens_fit_and_one_more_does_not(data, tiers):
 
 def test_what_does_not_fit_is_said_before():
     small = H2M2_SYSTEM.with_tier("LPDDR", capacity=10 * GB)
-    with pytest.raises(ValueError, match="enlarge HBM by 68"):
+    with pytest.raises(ValueError, match="enlarge HBM by at least 68"):
         Service(system=small, llm=GPT3_175B).most_tokens()
     service = Service(system=H2M2_SYSTEM, llm=LLAMA2_70B)
     most = service.most_tokens()
