@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import inspect
 import json
 import math
-import zipfile
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +26,7 @@ Columns = dict[str, NDArray[Any]]
 ArrayScore = Callable[[Columns], Mapping[str, NDArray[Any]]]
 
 _SOBOL_BITS = 30  # of a coordinate, SciPy's default
+_LOOKED_AT = 1024  # rows of a set without end that a score may check before the first chunk
 _SOBOL_BLOCK = 14  # points are made in aligned blocks of 2**14, which stay in the cache
 
 
@@ -62,10 +59,21 @@ class Grid:
 
     def columns(self, start: int, stop: int) -> Columns:
         """The columns of rows ``start`` to ``stop``."""
-        rest = np.arange(start, stop)
+        return self._some(np.arange(start, stop))
+
+    def sample(self) -> tuple[NDArray[np.int64], Columns]:
+        """Rows in which every value of every column occurs, the others at their first, and their columns."""
+        rows, stride = [np.zeros(1, dtype=np.int64)], 1
+        for values in reversed(self.axes.values()):
+            rows.append(np.arange(1, len(values)) * stride)
+            stride *= len(values)
+        found = np.unique(np.concatenate(rows))
+        return found, self._some(found)
+
+    def _some(self, rows: NDArray[np.int64]) -> Columns:
         found: Columns = {}
-        for name in reversed(list(self.axes)):
-            rest, which = np.divmod(rest, len(self.axes[name]))
+        for name in reversed(self.axes):
+            rows, which = np.divmod(rows, len(self.axes[name]))
             found[name] = _array(self.axes[name])[which]
         return {name: found[name] for name in self.axes}
 
@@ -165,21 +173,41 @@ class Job:
     constraints: tuple[Constraint, ...]
     whole: bool
 
+    def check(self, designs: Designs) -> None:
+        """Have the score's own ``check(columns)``, if it has one, look at the designs before any is priced.
+
+        At all of a table, at every value of a grid, at the first thousand of others; ValueError names rows of the whole set.
+        """
+        if not callable(look := getattr(self.score, "check", None)):
+            return
+        if isinstance(designs, Grid):
+            rows, columns = designs.sample()
+        else:
+            rows = np.arange(len(designs) if isinstance(designs, Table) else min(len(designs), _LOOKED_AT))
+            columns = designs.columns(0, len(rows))
+        try:
+            look(_read_only(columns))
+        except Exception as error:
+            raise ValueError(f"designs cannot be priced: {_numbered(_said(error), rows)}") from error
+
     def price(self, designs: Designs, start: int, stop: int) -> Priced:
         """Price rows ``start`` to ``stop``. Whatever goes wrong is a ValueError that names the rows."""
+        what = f"rows {start} to {stop - 1} cannot be priced"
         try:
-            given = designs.columns(start, stop)
-            for array in given.values():
-                array.flags.writeable = False  # a score that writes there would change the designs of others
-            columns = self._checked(given, self.score(given), stop - start)
+            given = _read_only(designs.columns(start, stop))
+            # A copy of the dict: what a score puts into its own, or takes out, does not change the designs.
+            scored = self.score(dict(given))
+        except Exception as error:
+            raise ValueError(f"{what}: {_numbered(_said(error), range(start, stop))}") from error
+        try:
+            columns = self._checked(given, scored, stop - start)
             good, infeasible, violating = self._counted(columns, start)
             on = None if self.keep is None else front(columns, self.keep, good)
             if on is not None and not self.whole:
                 columns = {name: array[on] for name, array in columns.items()}
             columns = {name: _texts(name, array) for name, array in columns.items()}
         except Exception as error:
-            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"rows {start} to {stop - 1} cannot be priced: {what}") from error
+            raise ValueError(f"{what}: {_said(error)}") from error
         return Priced(start=start, stop=stop, columns=columns, front=on, infeasible=infeasible, violating=violating)
 
     @property
@@ -218,7 +246,8 @@ class Job:
         finite = np.ones(len(next(iter(columns.values()))), dtype=np.bool_)
         for name, array in limited.items():
             finite &= np.isfinite(array)
-            if feasible is not None and (wrong := np.flatnonzero(feasible & ~finite)).size:
+            # Infinite is the throughput of a machine without limits.
+            if feasible is not None and (wrong := np.flatnonzero(feasible & np.isnan(array))).size:
                 raise ValueError(f"row {start + wrong[0]} is feasible but has {array[wrong[0]]} as {name!r}; correct the score")
         good = finite if feasible is None else feasible.copy()
         infeasible = int(good.size - np.count_nonzero(good))
@@ -277,8 +306,8 @@ def save(path: Path, key: str, priced: Priced) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def load(path: Path, key: str) -> Priced | None:
-    """The chunk at ``path``; None if there is none or it is damaged, ValueError if it belongs to another sweep."""
+def load(path: Path, key: str, start: int, stop: int, job: Job) -> Priced | None:
+    """The chunk of rows ``start`` to ``stop`` at ``path``; None if there is none or it is damaged, ValueError if of another sweep."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             head = json.loads(arrays["head"].tobytes())
@@ -287,45 +316,38 @@ def load(path: Path, key: str) -> Priced | None:
         for name, different in head["texts"].items():
             columns[name] = np.array([*different, None], dtype=object)[columns[name]]
         found = {name: head[name] for name in ("start", "stop", "infeasible", "violating", "version")}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile):
+        theirs = head["key"]
+        shapes = {array.shape for array in columns.values()}
+        fits = (found["start"], found["stop"], on is None) == (start, stop, job.keep is None)
+        fits &= shapes == {(stop - start,) if on is None or job.whole else on.shape}
+    except Exception:  # NumPy and zipfile raise about anything for a file of damaged bytes
         return None
-    if head["key"] != key:
+    if theirs != key:
         raise ValueError(f"{path} belongs to another sweep; choose another checkpoint folder, or remove this one")
-    return Priced(columns=columns, front=on, **found)
+    return Priced(columns=columns, front=on, **found) if fits else None
 
 
-def identity(value: object) -> Any:
-    """What tells ``value`` from others, as data for ``json``: of tables a hash, of functions their source. ValueError if it has nothing."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    if isinstance(value, np.ndarray):
-        data = "\0".join(value.tolist()).encode() if value.dtype.kind in "OUT" else np.ascontiguousarray(value).tobytes()
-        return [value.dtype.str, list(value.shape), hashlib.sha256(data).hexdigest()]
-    if isinstance(value, Mapping):
-        return [[identity(key), identity(item)] for key, item in value.items()]
-    if isinstance(value, tuple | list):
-        return [identity(item) for item in value]
-    name = f"{type(value).__module__}.{type(value).__qualname__}"
-    if isinstance(value, Enum):
-        return [name, value.name]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [name, [[item.name, identity(getattr(value, item.name))] for item in dataclasses.fields(value)]]
-    if isinstance(value, partial):
-        return ["partial", identity(value.func), identity(value.args), identity(value.keywords)]
-    if inspect.isfunction(value) and not value.__closure__:
-        try:
-            return [value.__module__, value.__qualname__, inspect.getsource(value)]
-        except (OSError, TypeError):
-            pass
-    settings = getattr(value, "settings", None)
-    if callable(settings):
-        return [name, identity(settings())]
-    raise ValueError(
-        f"nothing tells one {name} from another, so its checkpoint could be mistaken; make it a dataclass or a function in a module, "
-        "or give it settings() -> dict"
-    )
+def _read_only(columns: Columns) -> Columns:
+    """Views that a score cannot write to: it would change the designs of others."""
+    found = {name: np.asarray(array).view() for name, array in columns.items()}
+    for array in found.values():
+        array.flags.writeable = False
+    return found
+
+
+def _said(error: Exception) -> str:
+    """What an error of a score says, on one line."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
+
+
+def _numbered(said: str, rows: Sequence[int] | NDArray[np.int64]) -> str:
+    """A score counts the rows that it was given; a reader looks for them in the whole table, where they are ``rows``."""
+
+    def place(match: re.Match[str]) -> str:
+        return f"row {rows[int(match[1])]}" if len(match[1]) < 19 and int(match[1]) < len(rows) else match[0]
+
+    return re.sub(r"\brow (\d+)\b", place, said)
 
 
 def _named(what: str, axes: object) -> dict[str, Any]:
@@ -350,8 +372,14 @@ def _axis(name: str, values: Any) -> tuple[Any, ...]:
             raise ValueError(f"column {name!r} must hold numbers or texts, not {item!r} as value {number}; correct or drop it")
     if any(texts) and not all(texts):
         raise ValueError(f"column {name!r} holds numbers and texts; make it one of them")
-    if not texts[0] and np.array(items).dtype.kind not in "biuf":
-        raise ValueError(f"column {name!r} holds whole numbers of more than 64 bits; make them floats")
+    if not texts[0]:
+        array = np.array(items)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"column {name!r} holds whole numbers of more than 64 bits; make them floats")
+        whole = [item for item in items if isinstance(item, int)]
+        rounded = [item for item in whole if float(item) != item or len(whole) == len(items)] if array.dtype.kind == "f" else []
+        if rounded:
+            raise ValueError(f"column {name!r} holds {max(rounded, key=abs)}, which other values make a rounded float; make all floats")
     return items
 
 
@@ -364,6 +392,8 @@ def _range_or_values(name: str, values: Any) -> tuple[Any, ...]:
     low, high = _axis(name, values)
     if isinstance(low, str) or not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"column {name!r} needs a range (low, high) of finite numbers with low below high, or a list, not {values!r}")
+    if not math.isfinite(float(high) - float(low)):
+        raise ValueError(f"column {name!r}: the range {values!r} is wider than the largest number, 1.8e308; make it narrower")
     return float(low), float(high)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing import get_context, parent_process
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing import get_context
 from types import TracebackType
 from typing import Any
+
+from ._arguments import check_function
+from ._workers import begin, check_sendable, out_of_reach
 
 Score = Mapping[str, Any] | None
 
@@ -32,6 +30,9 @@ class Price:
     def __post_init__(self) -> None:
         if self.score is None and self.batch_score is None:
             raise ValueError("nothing prices the designs; give score or batch_score")
+        for name, function, takes in (("score", self.score, "a design"), ("batch_score", self.batch_score, "a list of designs")):
+            if function is not None:
+                check_function(name, function, takes)
 
     def __call__(self, designs: list[Any]) -> list[Score]:
         """One score a design; ValueError if ``batch_score`` returned something else."""
@@ -59,7 +60,8 @@ class Pricing:
         self._pool: ProcessPoolExecutor | None = None
         self._losses = 0
         if workers > 1:
-            _check_sendable(price)
+            what, function = ("score", price.score) if price.batch_score is None else ("batch_score", price.batch_score)
+            check_sendable(what, price, function)
 
     def __enter__(self) -> Pricing:
         return self
@@ -127,9 +129,11 @@ class Pricing:
 
     def _submit(self, share: tuple[list[Any], list[Any]]) -> None:
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_begin)
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=begin)
         try:
-            self._futures[self._pool.submit(self.price, share[1])] = share
+            with out_of_reach():
+                future = self._pool.submit(self.price, share[1])
+            self._futures[future] = share
         except BrokenProcessPool:  # killed while idle, or just now
             self._restart([share])
 
@@ -148,30 +152,3 @@ class Pricing:
 def short(value: object) -> str:
     """What a value is, without the value."""
     return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, Sized) else "")
-
-
-def _begin() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end with it, even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _check_sendable(price: Price) -> None:
-    try:
-        ForkingPickler.dumps(price)
-    except Exception as error:
-        what = "batch_score" if price.batch_score is not None else "score"
-        raise ValueError(
-            f"{what} cannot be sent to worker processes ({str(error).splitlines()[0]}); define it at the top of a module, or take workers=1"
-        ) from None
-    main = sys.modules["__main__"]
-    function = price.batch_score if price.batch_score is not None else price.score
-    if getattr(function, "__module__", None) == "__main__" and not getattr(main, "__file__", None):
-        raise ValueError("worker processes cannot import what was typed into this session; put the score into a file, or take workers=1")

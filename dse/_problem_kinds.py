@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..models.cache_ratio import CacheRatioPlan, CacheRatioProblem, RatioSettings
+from ..models.checks import shown
 from ..models.hardware import Link, System
 from ..models.kernel_mapping import KernelMappingPlan, KernelMappingProblem
 from ..models.kernel_mapping_tables import KernelMappingTables
@@ -23,7 +24,7 @@ from ..solvers._program import Program
 from ..solvers.cache_ratio import LpRatio, ratio_cases, ratio_program, ratio_unit
 from ..solvers.kernel_mapping import ConvexMapping, PatternMapping, TableMapping
 from ..solvers.recompute_split import ClosedFormSplit, split_program
-from ..solvers.result import Solver
+from ..solvers.result import Solver, SolverResult
 
 UNIT_OF = {"capacity": ("GB", GB), "bandwidth": ("GB/s", GB), "matrix_peak": ("TFLOP/s", TFLOPS), "vector_peak": ("TFLOP/s", TFLOPS)}
 """The numbers of a System of which one more is priced, with the unit that is meant."""
@@ -304,6 +305,21 @@ KINDS: dict[type, ProblemKind] = {
     CacheRatioProblem: CacheRatioKind(),
     RecomputeSplitProblem: RecomputeSplitKind(),
 }
+
+
+PLANS: dict[type, type] = {
+    KernelMappingProblem: KernelMappingPlan,
+    CacheRatioProblem: CacheRatioPlan,
+    RecomputeSplitProblem: RecomputeSplitPlan,
+}
+
+
+def check_plan(problem: Any, plan: Any) -> None:
+    """ValueError, in one sentence, unless ``plan`` is None or a plan of the problem's kind."""
+    if plan is None or isinstance(plan, PLANS[type(problem)]):
+        return
+    way_out = "hand over its .plan" if isinstance(plan, SolverResult) else "leave it out for the best one"
+    raise ValueError(f"explain: plan must be a {PLANS[type(problem)].__name__}, not {shown(plan)}; {way_out}")
 
 
 def kind_of(problem: Any) -> ProblemKind:

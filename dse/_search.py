@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from ..models.checks import shown
 from ._pricing import Pricing, Score, short
 from ._storage import SCORE, TRIAL, WORKER, Presence, Record, plain_score, public, reaching
 from .pareto import Objective
@@ -76,8 +77,8 @@ class Search:
         for name in self.names:
             if name not in score:
                 raise ValueError(f"score() returned no {name!r} for parameters {parameters}; it returned {list(score)}")
-            if not isinstance(score[name], Real) or not math.isfinite(score[name]):
-                raise ValueError(f"score() must return a finite number as {name!r}, not {score[name]!r}, for parameters {parameters}")
+            if not _is_finite(score[name]):
+                raise ValueError(f"score() must return a finite number as {name!r}, not {shown(score[name])}, for parameters {parameters}")
         return dict(score)
 
     def values(self, score: Mapping[str, Any]) -> list[float]:
@@ -103,6 +104,13 @@ class Search:
         """What becomes of a checked score."""
         within = score is not None and all(violation <= 0 for violation in self.violations(score).values())
         return Finished(number, parameters, design, score, within)
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def in_generations(search: Search, study: Study, pricing: Pricing, record: Record | None) -> Iterator[Finished]:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import re
+import socket
+import sys
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +33,11 @@ if TYPE_CHECKING:
 TRIAL, SCORE, WORKER, ABOUT = "memsplit:trial", "memsplit:score", "memsplit:worker", "memsplit"
 """Attributes that we keep: a trial's number in its search, its score, who prices it; and what the study is about."""
 
+_HOLDER = "memsplit:holder"  # the process of a synchronous search: machine, process, when it started; empty when it has ended
+_HASHED = ("settings", "score", "design")  # of these a study keeps a hash, which tells a reader nothing
+
 _VENDORS = ("sqlalchemy", "sqlite3", "psycopg", "psycopg2", "pymysql", "MySQLdb", "grpc", "redis", "alembic")
+_DAMAGE = (KeyError, IndexError, TypeError, AttributeError, AssertionError, UnicodeDecodeError, RuntimeError)
 _CONNECT = 10  # s to reach a server
 _GRACE = 10  # s after which the lock of a journal is that of a killed process: it is held for one write of some milliseconds
 
@@ -49,17 +55,18 @@ def open_storage(storage: str | Path | BaseStorage) -> tuple[BaseStorage, str]:
     if not isinstance(storage, str | Path) or not str(storage):
         raise ValueError(f"storage must be a path, a URL or a storage of Optuna's, not {storage!r}")
     where = str(storage)
-    with reaching(where):
+    with reaching(where, opening=True):
         if isinstance(storage, Path) or "://" not in where:
             return _journal(Path(where)), where
         return (_proxy(where) if where.startswith("grpc://") else _database(where)), where
 
 
 @contextmanager
-def reaching(where: str, *, files: bool = True) -> Iterator[None]:
+def reaching(where: str, *, files: bool = True, opening: bool = False) -> Iterator[None]:
     """Errors of the storage at ``where`` become a ValueError of one sentence without its password.
 
-    ``files=False`` leaves alone what the user's own code may raise as well: errors of files and of imports.
+    ``files=False`` leaves alone what the user's own code may raise as well: errors of files and of imports. While it is ``opening``,
+    when no code of the user's runs, so does whatever Optuna raises when it reads a damaged journal.
     """
     from optuna.exceptions import StorageInternalError
 
@@ -68,12 +75,15 @@ def reaching(where: str, *, files: bool = True) -> Iterator[None]:
     except Exception as error:
         theirs = type(error).__module__.partition(".")[0] in _VENDORS
         others = (StorageInternalError, OSError, ImportError, json.JSONDecodeError) if files else (StorageInternalError,)
-        if not theirs and not isinstance(error, others):
+        damaged = isinstance(error, json.JSONDecodeError) or (opening and isinstance(error, _DAMAGE))
+        if not theirs and not damaged and not isinstance(error, others):
             raise
         cause: Any = getattr(error, "orig", None) or error
         details = getattr(cause, "details", None)
         said = details() if callable(details) else getattr(cause, "strerror", None) or str(cause)
         reason = next((line.strip() for line in str(said).splitlines() if line.strip()), type(error).__name__)
+        if damaged:
+            reason = f"it is damaged: {type(error).__name__}: {reason}"
         for word in _secrets(where):
             reason = reason.replace(word, "***")
         raise ValueError(
@@ -90,7 +100,7 @@ def open_study(storage: BaseStorage, where: str, name: str, objectives: Sequence
     import optuna
 
     ours = json.loads(json.dumps({"objectives": [[o.name, o.direction] for o in objectives], **about}))
-    with reaching(where):
+    with reaching(where, opening=True):
         study = optuna.create_study(
             storage=storage, study_name=name, directions=[objective.direction for objective in objectives], load_if_exists=True
         )
@@ -102,7 +112,11 @@ def open_study(storage: BaseStorage, where: str, name: str, objectives: Sequence
         for key in [] if theirs is None else ours:
             if theirs.get(key) == ours[key] or (ours["mode"] == "asynchronous" and key in ("mode", "seed", "sampler", "population")):
                 continue
-            what = "other settings than these" if key == "settings" else f"{key} {_plain(theirs.get(key))}, not {_plain(ours[key])}"
+            if key == "memsplit" and key not in theirs:
+                raise ValueError(f"study {name!r} in {public(where)} was recorded, or made by an older memsplit; choose another name")
+            what = f"{key} {_plain(theirs.get(key))}, not {_plain(ours[key])}"
+            if key in _HASHED:
+                what = "other settings than these" if key == "settings" else f"another {key} than this"
             raise ValueError(f"study {name!r} in {public(where)} was made with {what}; choose another name, or the same {key}")
         if theirs != ours:
             study.set_user_attr(ABOUT, ours)
@@ -133,11 +147,11 @@ class Record:
     @classmethod
     def of(cls, study: Study, where: str) -> Record:
         """What the storage has: of trials with one number, which two searches at once can make, the first."""
-        with reaching(where):
+        with reaching(where, opening=True):
             trials = study.get_trials(deepcopy=False)
         known: dict[int, FrozenTrial] = {}
         for trial in trials:
-            if TRIAL in trial.user_attrs:
+            if TRIAL in trial.user_attrs and SCORE in trial.user_attrs:  # one without a score is of a damaged journal
                 known.setdefault(trial.user_attrs[TRIAL], trial)
         return cls(study, where, known)
 
@@ -169,6 +183,46 @@ class Record:
         )
         with reaching(self.where):
             self.study.add_trial(kept)
+
+
+_HELD: set[tuple[str, str]] = set()  # studies that synchronous searches of this process are at
+
+
+class Alone:
+    """A synchronous search as the only one of its study: ValueError if another process of this machine is at it.
+
+    Of a process on another machine nobody can tell at once whether it lives, so that it is only warned of, on stderr.
+    """
+
+    def __init__(self, study: Study, where: str) -> None:
+        self._study, self._where = study, where
+        self._key = (where, study.study_name)
+
+    def __enter__(self) -> Alone:
+        ours, what = _process(os.getpid()), f"study {self._study.study_name!r} in {public(self._where)}"
+        with reaching(self._where):
+            theirs = self._study.user_attrs.get(_HOLDER)
+            if theirs and theirs[0] != ours[0]:
+                print(f"explore: {what} was not left by a process on {theirs[0]}; if it lives, stop one of the two", file=sys.stderr)
+            elif theirs and (self._key in _HELD if theirs == ours else theirs[2] and theirs == _process(theirs[1])):
+                raise ValueError(f"{what} is being searched by process {theirs[1]}; wait for it, or share it with synchronous=False")
+            self._study.set_user_attr(_HOLDER, ours)
+        _HELD.add(self._key)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _HELD.discard(self._key)
+        with suppress(Exception):  # a storage that is gone has said so already
+            self._study.set_user_attr(_HOLDER, [])
+
+
+def _process(number: int) -> list[Any]:
+    """[machine, number, a word of a living process that no other has]; the word is "" if it is dead, and unknown without /proc."""
+    try:  # the clock ticks at which it started
+        word = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        word = ""
+    return [socket.gethostname(), number, word]
 
 
 class Presence:
@@ -253,7 +307,10 @@ def _journal(path: Path) -> BaseStorage:
     lock = JournalFileOpenLock(file, grace_period=_GRACE)
     backend = MendedFile(file, lock_obj=lock)
     backend.mend()
-    return JournalStorage(backend)
+    try:
+        return JournalStorage(backend)
+    except ValueError as error:  # of a damaged line; one that is no JSON says so itself
+        raise error if isinstance(error, json.JSONDecodeError) else OSError(None, f"it is damaged: {error}") from error
 
 
 def _check_journal(path: Path) -> None:

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
+
+from ..models.checks import shown
 
 Better = Literal["first", "second", "equal", "neither"]
 Score = Callable[[float], float | None]
+
+MOST_POINTS = 1_000_000
+"""Points of a grid; each takes two scores, and a sweep is for more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,22 +89,20 @@ def break_even(
 
     A grid of ``points`` values is looked at first, evenly spaced, or by equal ratios if ``logarithmic``; between neighbours with different
     verdicts each change is found by bisection: of ``whole`` numbers the exact pair of neighbours, else an interval no wider than
-    ``tolerance`` times its larger end (or, near 0, times a millionth of the range). As many flips as the grid shows are found; between
+    ``tolerance`` times its larger end (or, near 0 on an even grid, times a millionth of the range). Where both are equal between two
+    verdicts, but on less than that, it counts as one flip from one to the other. As many flips as the grid shows are found; between
     two neighbours of one verdict, flips that undo each other are possible. If the difference of the scores is monotone, there are none.
+
+    ValueError, in one sentence, for arguments of a wrong type or size, and for a score that raises or is no number.
     """
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"break_even: low must be below high, both finite, not {low!r} and {high!r}")
-    if whole and not (float(low).is_integer() and float(high).is_integer()):
-        raise ValueError(f"break_even: low and high must be whole numbers if whole=True, not {low!r} and {high!r}")
-    if points < 2 or isinstance(points, bool) or points != int(points):
-        raise ValueError(f"break_even: points must be a whole number of at least 2, not {points!r}")
-    if not (0 < tolerance < 1 and 0 <= equal < 1):
-        raise ValueError(f"break_even: tolerance must be above 0, equal at least 0, and both below 1, not {tolerance!r} and {equal!r}")
-    if logarithmic and not low > 0:
-        raise ValueError(f"break_even: a logarithmic grid begins above 0, not at {low!r}; raise low or leave logarithmic out")
-    if len(names) != 2 or not all(names):
-        raise ValueError(f"break_even: names are two texts, not {names!r}")
-    grid = _grid(low, high, int(points), whole=whole, logarithmic=logarithmic)
+    _check_scores(first, second, names)
+    low, high = _ends(low, high, whole=whole, logarithmic=logarithmic)
+    points = _points(points)
+    if not (_is_number(tolerance) and _is_number(equal) and 0 < tolerance < 1 and 0 <= equal < 1):
+        raise ValueError(
+            f"break_even: tolerance must be above 0, equal at least 0, and both below 1, not {shown(tolerance)} and {shown(equal)}"
+        )
+    grid = _grid(low, high, points, whole=whole, logarithmic=logarithmic)
     known: dict[float, Better] = {}
 
     def verdict(value: float) -> Better:
@@ -107,15 +110,18 @@ def break_even(
             known[value] = _better(_scored(first, names[0], value), _scored(second, names[1], value), equal)
         return known[value]
 
+    def width(one: float, two: float) -> float:
+        """The widest interval from ``one`` to ``two`` that counts as a flip."""
+        return tolerance * max(abs(one), abs(two), 0.0 if logarithmic else 1e-6 * (high - low))
+
     def between(one: float, two: float) -> float | None:
-        """A value in mid-interval; None if the interval is narrow enough."""
+        """A value in mid-interval; None if the interval is narrow enough: a quarter of ``width``, so that two can be joined."""
         if whole:
             return None if two - one <= 1 else (int(one) + int(two)) // 2
         middle = math.sqrt(one) * math.sqrt(two) if logarithmic else one + (two - one) / 2
-        narrow = two - one <= tolerance * max(abs(one), abs(two), 1e-6 * (high - low))
-        return None if narrow or not one < middle < two else middle
+        return None if two - one <= width(one, two) / 4 or not one < middle < two else middle
 
-    flips = []
+    flips: list[Flip] = []
     for left, right in pairwise(grid):
         start = left
         while verdict(start) != verdict(right):
@@ -125,7 +131,12 @@ def break_even(
                     one = middle
                 else:
                     two = middle
-            flips.append(Flip(last=one, first=two, before=verdict(one), after=verdict(two)))
+            flip = Flip(last=one, first=two, before=verdict(one), after=verdict(two))
+            before = flips[-1] if flips and flips[-1].after == flip.before == "equal" else None
+            if not whole and before and before.before != flip.after and flip.first - before.last <= width(before.last, flip.first):
+                flips[-1] = Flip(last=before.last, first=flip.first, before=before.before, after=flip.after)
+            else:
+                flips.append(flip)
             start = two
     return BreakEven(
         low=grid[0],
@@ -149,12 +160,57 @@ def _grid(low: float, high: float, points: int, *, whole: bool, logarithmic: boo
     return sorted({low, high, *(min(max(value, low), high) for value in inner)})
 
 
+def _check_scores(first: object, second: object, names: object) -> None:
+    if not (isinstance(names, (tuple, list)) and len(names) == 2 and all(isinstance(name, str) and name.strip() for name in names)):
+        raise ValueError(f'break_even: names are two texts, as in ("H2M2", "LPDDR only"), not {shown(names)}')
+    for name, score in zip(names, (first, second), strict=True):
+        if not callable(score):
+            raise ValueError(f"break_even: {name!r} must be a function that scores a number, not {shown(score)}")
+
+
+def _ends(low: Any, high: Any, *, whole: bool, logarithmic: bool) -> tuple[float, float]:
+    """The ends as plain numbers: int if ``whole``, else float."""
+    if not (_is_number(low) and _is_number(high) and math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"break_even: low must be below high, both finite numbers, not {shown(low)} and {shown(high)}")
+    if whole and not (low == int(low) and high == int(high)):
+        raise ValueError(f"break_even: low and high must be whole numbers if whole=True, not {shown(low)} and {shown(high)}")
+    if logarithmic and not low > 0:
+        raise ValueError(f"break_even: a logarithmic grid begins above 0, not at {shown(low)}; raise low or leave logarithmic out")
+    if not math.isfinite(float(high) / float(low) if logarithmic else float(high) - float(low)):
+        what = "ratio" if logarithmic else "difference"
+        raise ValueError(f"break_even: the {what} of low and high, {low:g} and {high:g}, is beyond 1.8e308; bring them closer together")
+    return (int(low), int(high)) if whole else (float(low), float(high))
+
+
+def _points(points: Any) -> int:
+    if not (_is_number(points) and 2 <= points <= MOST_POINTS and points == int(points)):
+        raise ValueError(f"break_even: points must be a whole number of at least 2 and at most {MOST_POINTS:,}, not {shown(points)}")
+    return int(points)
+
+
+def _is_number(value: object) -> bool:
+    """A real number that a float can hold; NaN and infinity are for the rules to refuse."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
 def _scored(score: Score, name: str, value: float) -> float:
-    found = score(value)
+    try:
+        found = score(value)
+    except Exception as error:
+        reason = " ".join(str(error).split()).removesuffix(".") or "no reason given"
+        raise ValueError(
+            f"break_even: {name!r} cannot score {value!r}, {type(error).__name__}: {reason}; return None where nothing fits"
+        ) from error
     if found is None:
         return math.inf
-    if not isinstance(found, Real) or isinstance(found, bool) or math.isnan(found) or found == -math.inf:
-        raise ValueError(f"break_even: {name!r} must score a number, or None where nothing fits, not {found!r} as at {value!r}")
+    if not _is_number(found) or math.isnan(found) or found == -math.inf:
+        raise ValueError(f"break_even: {name!r} must score a number, or None where nothing fits, not {shown(found)} as at {value!r}")
     return float(found)
 
 

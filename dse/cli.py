@@ -58,15 +58,15 @@ STUDIES = Path(__file__).parent.parent / "studies"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0: done, 1: nothing fits, 2: bad input (one sentence on stderr), 130: interrupted."""
+    """Run a command; 0: done, 1: nothing fits, or a row is not the same again, 2: bad input (one sentence on stderr), 130: interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["study"]:
             return _study(arguments[1:])
-        parsed = _parser().parse_args(arguments)
+        parsed = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
         return int(parsed.run(parsed))
     except ValueError as error:
-        print(f"memsplit: {error}", file=sys.stderr)
+        print(f"memsplit: {' '.join(str(error).split())}", file=sys.stderr)  # other libraries' messages have several lines
         return 2
     except KeyboardInterrupt:
         print("memsplit: interrupted; nothing was written", file=sys.stderr)
@@ -95,17 +95,41 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--row", type=int, default=0, help="row, counted from 0 (default: %(default)s)")
     again.set_defaults(run=_rerun)
     why = commands.add_parser("explain", help="what binds in a plan, what one more GB or GB/s is worth, or what would make it fit")
-    why.add_argument("table", type=Path, nargs="?", help="a table with the JSON that was written beside it (default: --system and --llm)")
-    why.add_argument("--row", type=int, default=0, help="row of the table, counted from 0 (default: %(default)s)")
-    serving_arguments(why, batch=32)
-    why.add_argument(
-        "--problem", choices=EXPLAINED, default="kernel_mapping", help="what is planned, without a table (default: %(default)s)"
-    )
-    why.add_argument("--step", type=float, default=1.0, help="GB, GB/s or TFLOP/s over which differences are taken (default: %(default)s)")
-    why.add_argument("--out", type=Path, help="CSV to write the explanation to")
+    _why_arguments(why)
     why.set_defaults(run=_why)
     commands.add_parser("study", help="run a design study; `memsplit study --list` names them")
     return parser
+
+
+def _why_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "table", type=Path, nargs="?", help="a table with the JSON that was written beside it (default: --system and --llm)"
+    )
+    parser.add_argument("--row", type=int, default=0, help="row of the table, counted from 0 (default: %(default)s)")
+    serving_arguments(parser, batch=32)
+    parser.add_argument(
+        "--problem", choices=EXPLAINED, default="kernel_mapping", help="what is planned, without a table (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--step", type=float, default=1.0, help="GB, GB/s or TFLOP/s over which differences are taken (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="CSV to write the explanation to")
+
+
+def _check_table_or_machine(arguments: Sequence[str]) -> None:
+    """ValueError for arguments of ``explain`` without effect: a row says its own machine, and without a table there is no row."""
+    probe = argparse.ArgumentParser(add_help=False)
+    _why_arguments(probe)
+    names = list(vars(probe.parse_args([])))
+    absent = object()
+    probe.set_defaults(**dict.fromkeys(names, absent))
+    given = {name for name, value in vars(probe.parse_args(arguments)).items() if value is not absent}
+    table = "table" in given
+    useless = [name for name in names if name in given - ({"table", "row", "step", "out"} if table else set(names) - {"row"})]
+    if useless:
+        option = f"--{useless[0].replace('_', '-')}"
+        reason = "a row of a table says its own machine and workload" if table else "there is no table"
+        raise ValueError(f"explain: {option} has no effect, as {reason}; leave out {'it or the table' if table else 'it, or name a table'}")
 
 
 def _study(arguments: list[str]) -> int:
@@ -121,11 +145,16 @@ def _study(arguments: list[str]) -> int:
 
 
 def _rerun(parsed: argparse.Namespace) -> int:
-    show(rerun(parsed.table, parsed.row), title=f"{parsed.table}, row {parsed.row}")
-    return 0
+    frame = rerun(parsed.table, parsed.row)
+    show(frame, title=f"{parsed.table}, row {parsed.row}")
+    other = [] if "same" not in frame else frame.loc[~frame["same"].astype(bool), "column"].tolist()
+    if other:
+        print(f"Not the same again: {', '.join(map(str, other))}; the table was changed, or written by another version of memsplit.")
+    return 1 if other else 0
 
 
 def _why(parsed: argparse.Namespace) -> int:
+    _check_table_or_machine(parsed.arguments[1:])
     if parsed.out is not None:
         check_writable(parsed.out)
     if parsed.table is not None:

@@ -16,15 +16,17 @@ A difference ``of`` the "optimum" is between optima that are proven to 1e-9; whe
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
 
+from ..models.checks import shown
 from ..models.units import GB, ms
 from ..solvers.result import Solver, SolverResult, Status
-from ._problem_kinds import ProblemKind, Resource, kind_of, resources
+from ._problem_kinds import ProblemKind, Resource, check_plan, kind_of, resources
 
 PROVEN = 2e-9
 """Largest gap at which an optimum counts as exact, above what rounding and the enumerating solvers leave."""
@@ -41,7 +43,15 @@ MARGINS = (0.005, 0.05, 0.2)
 check of whole ones is quick; the first that a plan is found for counts."""
 
 SECONDS = 5.0
-"""Time limit of a solve that verifies a lever; a lever for which no plan is found by then is left out."""
+"""Time limit of a solve that verifies a lever, and of all of them together where no exact check is quick; a lever for which no plan is
+found by then is named as not verified."""
+
+LEVER_SECONDS = 1.0
+"""Time limit of one of these solves where no exact check is quick."""
+
+LEVER_GAP = 1e-2
+"""What is to be proven of the step that a lever then takes, where no exact check is quick: a plan is found long before its last per mille
+is proven, and a plan is what shows that the lever helps."""
 
 FINENESS = 1e-4
 """Steps of missing capacity, as a share of the bytes of weights, keys and values."""
@@ -123,7 +133,8 @@ class Lever:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """See ``explain``. ``result`` is of the solver; ``plan`` and ``cost`` are what is explained, None if nothing fits."""
+    """See ``explain``. ``result`` is of the solver; ``plan`` and ``cost`` are what is explained, None if nothing fits.
+    ``unverified``: levers for which no plan was found in time, and none was ruled out."""
 
     subject: str
     result: SolverResult[Any]
@@ -133,6 +144,7 @@ class Explanation:
     bottlenecks: tuple[Bottleneck, ...] = ()
     worths: tuple[Worth, ...] = ()
     levers: tuple[Lever, ...] = ()
+    unverified: tuple[str, ...] = ()
 
     @property
     def feasible(self) -> bool:
@@ -185,8 +197,10 @@ class Explanation:
             if self.levers:
                 yield "What alone would make it fit, and the step it then takes:"
                 yield from (f"  {lever}" for lever in self.levers)
-            elif result.status is Status.INFEASIBLE:
+            elif result.status is Status.INFEASIBLE and not self.unverified:
                 yield "No single change of a memory, the batch, the context or the bits makes it fit."
+            if self.unverified:
+                yield f"No plan was found within {SECONDS:g} s, and none is ruled out, with another: {', '.join(self.unverified)}."
             return
         gap = "no bound" if result.gap is None else f"gap {result.gap:.2g}"
         yield f"{self.subject}: {self.cost.latency / ms:.6g} ms a step"
@@ -225,20 +239,27 @@ def explain(problem: Any, plan: Any | None = None, *, solver: Solver | None = No
     If no plan exists, every lever was tried by building and solving the changed problem with all else as it is: capacity of each tier (the
     least, to within 1e-4 of the bytes of weights, keys and values), the largest smaller batch and shorter context, the largest of
     ``BITS`` below the present ones for weights, for keys and values and for activations, and a looser form of the problem. Of a kernel
-    mapping per layer, or over more than two memories, the least is by bytes alone, plus a margin (``MARGINS``) for which a plan is
-    found. Those that do not help alone are left out.
+    kernel mapping per layer, or over more than two memories, the least is by bytes alone, plus a margin (``MARGINS``) for which a plan is
+    found, and the step's time is that of a plan proven to within ``LEVER_GAP``. Those that do not help alone are left out; those that
+    could not be verified within ``SECONDS`` are named (``unverified``).
     """
     if not (isinstance(step, (int, float)) and 0 < step < math.inf):
         raise ValueError(f"explain: step must be above 0 and finite, in GB, GB/s and TFLOP/s, not {step!r}; 1 is one more of each")
     kind = kind_of(problem)
+    check_plan(problem, plan)
     solver = kind.solver(problem) if solver is None else solver
+    if isinstance(solver, type) or not callable(getattr(solver, "solve", None)):
+        example = type(kind.solver(problem)).__name__
+        raise ValueError(f"explain: solver must be one of memsplit.solvers, as in solver={example}(), not {shown(solver)}")
     result = solver.solve(problem)
     plan = result.plan if plan is None else plan
     workload = problem.workload
     subject = f"{workload.llm.name} on {problem.system.name}, batch {workload.batch}, context {workload.context}"
     if plan is None:
-        levers = tuple(_levers(kind, problem, solver)) if result.status is Status.INFEASIBLE else ()
-        return Explanation(subject=subject, result=result, plan=None, cost=None, levers=levers)
+        tried = tuple(_levers(kind, problem, solver)) if result.status is Status.INFEASIBLE else ()
+        levers = tuple(one for one in tried if isinstance(one, Lever))
+        unverified = tuple(one for one in tried if isinstance(one, str))
+        return Explanation(subject=subject, result=result, plan=None, cost=None, levers=levers, unverified=unverified)
     rooms = kind.rooms(problem, plan)
     return Explanation(
         subject=subject,
@@ -298,21 +319,31 @@ def _optimum(result: SolverResult[Any]) -> float:
     return math.inf if result.objective is None else result.objective
 
 
-def _levers(kind: ProblemKind, problem: Any, solver: Solver) -> Iterator[Lever]:
-    """Each single change that makes the problem feasible, with the latency of the plan that then fits."""
+def _levers(kind: ProblemKind, problem: Any, solver: Solver) -> Iterator[Lever | str]:
+    """Each single change that makes the problem feasible, with the latency of the plan that then fits; the name of one for which the time
+    was too short."""
     system, workload = problem.system, problem.workload
-    margins = (0.0,) if kind.exactly(problem) else MARGINS
+    quick, spent = kind.exactly(problem), 0.0
+    margins = (0.0,) if quick else MARGINS
 
     def changed(to_system: Any = system, to_workload: Any = workload) -> Any:
         return kind.rebuilt(problem, to_system, to_workload)
 
-    def lever(name: str, now: float, unit: str, tried: Iterable[tuple[float, Any]]) -> Iterator[Lever]:
+    def lever(name: str, now: float | None, unit: str, tried: Iterable[tuple[float | None, Any]], by: Solver) -> Iterator[Lever | str]:
         """The first of the values tried whose problem is solved."""
+        nonlocal spent
+        open_still = False
         for needed, feasible in tried:
-            seconds = _limited(solver).solve(feasible).objective
-            if seconds is not None:
-                yield Lever(name=name, now=now, needed=needed, unit=unit, latency=seconds)
+            left = SECONDS if quick else SECONDS - spent
+            started = time.perf_counter()
+            result = _limited(by, left, quick=quick).solve(feasible) if left > 0 else None
+            spent += time.perf_counter() - started
+            if result is not None and result.objective is not None:
+                yield Lever(name=name, now=now, needed=needed, unit=unit, latency=result.objective)
                 return
+            open_still = open_still or result is None or result.status is not Status.INFEASIBLE
+        if open_still:
+            yield name
 
     need = workload.weight_bytes + workload.state_bytes
     for resource in resources(system):
@@ -326,7 +357,7 @@ def _levers(kind: ProblemKind, problem: Any, solver: Solver) -> Iterator[Lever]:
             steps = _least(lambda n: kind.possible(changed(larger(n))), math.ceil(4 * need / grain))
             if steps is not None:
                 machines = [larger(steps + math.ceil(margin * need / grain)) for margin in margins]
-                yield from lever(resource.name, capacity / GB, "GB", ((resource.of(one) / GB, changed(one)) for one in machines))
+                yield from lever(resource.name, capacity / GB, "GB", ((resource.of(one) / GB, changed(one)) for one in machines), solver)
     for field, unit in (("batch", "requests"), ("context", "tokens")):
         now = getattr(workload, field)
 
@@ -336,22 +367,25 @@ def _levers(kind: ProblemKind, problem: Any, solver: Solver) -> Iterator[Lever]:
         less = _least(lambda n: kind.possible(changed(to_workload=smaller(n))), now - 1)
         if less is not None:
             works = [smaller(min(less + math.ceil(margin * (now - less)), now - 1)) for margin in margins]
-            yield from lever(field, now, unit, ((getattr(one, field), changed(to_workload=one)) for one in works))
+            yield from lever(field, now, unit, ((getattr(one, field), changed(to_workload=one)) for one in works), solver)
     for field in ("weight_bits", "kv_bits", "activation_bits"):
         now = getattr(workload, field)
         narrower = (changed(to_workload=replace(workload, **{field: bits})) for bits in BITS if bits < now)
         tried = ((getattr(one.workload, field), one) for one in filter(kind.possible, narrower))
-        yield from lever(field.replace("_", " "), now, "an element", tried)
+        yield from lever(field.replace("_", " "), now, "an element", tried, solver)
     for name, looser in kind.looser(problem).items():
-        seconds = _limited(kind.solver(looser)).solve(looser).objective
-        if seconds is not None:
-            yield Lever(name=name, now=None, needed=None, unit="", latency=seconds)
+        yield from lever(name, None, "", [(None, looser)], kind.solver(looser))
 
 
-def _limited(solver: Any) -> Solver:
-    """The solver, with ``SECONDS`` at most if it has a time limit."""
-    limit = getattr(solver, "time_limit", SECONDS)
-    limited: Solver = replace(solver, time_limit=SECONDS) if limit is None or limit > SECONDS else solver
+def _limited(solver: Any, left: float, *, quick: bool) -> Solver:
+    """The solver with at most ``left`` seconds, as far as it has a limit; unless ``quick``, with ``LEVER_SECONDS`` and ``LEVER_GAP``."""
+    limits = {"time_limit": (left if quick else min(left, LEVER_SECONDS), min), "relative_gap": (0.0 if quick else LEVER_GAP, max)}
+    changes = {}
+    for field, (value, choose) in limits.items():
+        if hasattr(solver, field):
+            given = getattr(solver, field)
+            changes[field] = value if given is None else choose(given, value)
+    limited: Solver = replace(solver, **changes) if changes else solver
     return limited
 
 

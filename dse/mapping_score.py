@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import __version__
+from ..models.checks import shown
 from ..models.hardware import System
 from ..models.kernel_mapping import KernelMappingPlan, KernelMappingProblem
 from ..models.kernel_mapping_tables import Granularity, KernelMappingTables
@@ -55,6 +56,7 @@ class MappingScore:
     operation: Operation = ASSUMED_OPERATION
 
     def __post_init__(self) -> None:
+        check_fields(self, workload=Workload, profile=Profile)
         object.__setattr__(self, "operation", as_operation(self.operation))
 
     def settings(self) -> dict[str, Any]:
@@ -173,5 +175,19 @@ def rate(tokens: float, latency: float) -> float | None:
 
 
 def as_operation(operation: Operation | Mapping[str, Any]) -> Operation:
-    """An operation, or one from its fields by name, as files hold it."""
-    return operation if isinstance(operation, Operation) else Operation(**operation)
+    """An operation, or one from its fields by name, as files hold it; ValueError for anything else."""
+    if isinstance(operation, Operation):
+        return operation
+    names = {each.name for each in fields(Operation)}
+    needed = {each.name for each in fields(Operation) if each.default is MISSING}
+    if not isinstance(operation, Mapping) or not needed <= set(operation) <= names:
+        raise ValueError(f"operation must be an Operation, or its fields {sorted(needed)} by name, not {shown(operation)}")
+    return Operation(**operation)
+
+
+def check_fields(score: Any, **types: type) -> None:
+    """ValueError unless each named field of a score is of its type: with another one it would fail long after."""
+    for name, kind in types.items():
+        value = getattr(score, name)
+        if not isinstance(value, kind):
+            raise ValueError(f"{type(score).__name__}: {name} must be of the class {kind.__name__}, not {shown(value)}; correct it")

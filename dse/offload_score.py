@@ -19,7 +19,7 @@ from ..models.workload import Workload
 from ..solvers.cache_ratio import HybridServeRatio, LpRatio
 from ..solvers.recompute_split import ClosedFormSplit
 from ..solvers.result import Solver, SolverResult
-from .mapping_score import as_operation, headroom_columns, priced_columns, single
+from .mapping_score import as_operation, check_fields, headroom_columns, priced_columns, single
 
 WEIGHTS_ON: tuple[WeightsOn, ...] = ("gpu", "host")
 """Where the weights may be."""
@@ -41,6 +41,7 @@ class OffloadScore:
     operation: Operation = ASSUMED_OPERATION
 
     def __post_init__(self) -> None:
+        check_fields(self, profile=OffloadProfile)
         object.__setattr__(self, "operation", as_operation(self.operation))
 
     def settings(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ..models.kernel_mapping_tables import Granularity
 from ..models.price import step_energy
 from ..models.profiles import FIRST_PRINCIPLES, Profile
 from ..models.workload import Workload
+from .mapping_score import check_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,9 @@ class PlanScore:
     workload: Workload
     profile: Profile = FIRST_PRINCIPLES
     granularity: Granularity = "kv_head"
+
+    def __post_init__(self) -> None:
+        check_fields(self, workload=Workload, profile=Profile)
 
     def __call__(self, design: Sequence[Any]) -> dict[str, Any] | None:
         """The columns of one design."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,17 @@ _PREFIXES = {-12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G"
 _PREFIXED = {"s": 0, "J": 15, "W": 15, "B": 15, "FLOP": 15}  # units that take an SI prefix, and the largest exponent in use
 _SIZES = [f"{prefix}B" for prefix in ("k", "M", "G", "T", "P", "Ki", "Mi", "Gi", "Ti", "Pi")]
 _UNITS = {unit: unit for unit in (*_PREFIXED, *_SIZES, "ms", "us", "ns", "tokens", "USD")} | {"tok": "token", "usd": "USD", "mm2": "mm²"}
+_QUANTITIES = {
+    "usd": "cost",
+    "USD": "cost",
+    "J": "energy",
+    "W": "power",
+    "s": "time",
+    "ms": "time",
+    "tok": "throughput",
+    "tokens": "throughput",
+}
+"""What a column is called whose name is a unit by a unit and nothing else, as in usd_per_Mtok."""
 _LOG_FROM = 8.0  # largest over smallest value above which an axis is logarithmic
 
 _STYLE: dict[Any, Any] = {
@@ -35,6 +46,7 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.fontsize": 9.5,
 }
+_FRAMED: dict[str, Any] = {"frameon": True, "fancybox": False, "framealpha": 0.95, "edgecolor": "#9aa1a9"}
 _BLUE, _GREY, _DARK = "#1f5fa8", "#cdd1d6", "#333333"
 _LINES = (_BLUE, "#d1662b", "#3a8f5c", "#8a4fa3", "#b3932c", "#5b6770", "#c2476b", "#2ba3b0")  # told apart without red against green
 
@@ -96,34 +108,69 @@ def plot_front(
         axis_x.dress(axes.xaxis)
         axis_y.dress(axes.yaxis)
         axes.grid(color="#e9ebee", linewidth=0.8)
-        axes.legend(frameon=False)
+        axes.legend(**_FRAMED)  # else the marker of the other designs looks like one of them
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=200)
     return path
 
 
-def plot_lines(frame: pd.DataFrame, path: str | Path, *, x: str, y: str, by: str, title: str, band: tuple[str, str] | None = None) -> Path:
+def plot_lines(
+    frame: pd.DataFrame,
+    path: str | Path,
+    *,
+    x: str,
+    y: str,
+    by: str,
+    title: str,
+    band: tuple[str, str] | None = None,
+    band_label: str = "",
+    markers_only: Collection[str] = (),
+) -> Path:
     """Draw column ``y`` against ``x``, a line for each value of ``by`` in order of appearance, as a PNG, whole or not at all.
 
-    ``band``: columns of the lower and the upper end of a shaded range around each line. The axes carry the units of the column names and
+    ``band``: columns of the lower and the upper end of a shaded range around each line, which the legend calls ``band_label``.
+    ``markers_only``: names of lines whose points are not joined, as of a function that jumps between them. A line that runs exactly over
+    earlier ones is dashed, so that these are seen. The axes carry the units of the column names and
     are logarithmic where values span more than a factor of 8. Rows without a number are left out. Returns the path.
     """
+    if isinstance(markers_only, str):
+        raise ValueError(f"markers_only must be a list of names of lines, as in [{markers_only!r}], not {markers_only!r}")
+    if band_label and band is None:
+        raise ValueError(f"band_label {band_label!r} names no band; give its two columns as band")
     frame = frame.dropna(subset=[x, y]).sort_values(x, kind="stable")
     if frame.empty:
         raise ValueError(f"no row has both {x!r} and {y!r}, so there is nothing to draw")
+    unknown = sorted(set(markers_only) - set(map(str, frame[by])))
+    if unknown:
+        raise ValueError(f"markers_only: there is no line {unknown[0]!r}; lines are {', '.join(dict.fromkeys(map(str, frame[by])))}")
 
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     axis_x, axis_y = (_Axis.of(Objective(name), frame[name].astype(float)) for name in (x, y))
     path = Path(path)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axes = figure.add_subplot()
+        drawn: list[NDArray[np.float64]] = []
         for number, (name, part) in enumerate(frame.groupby(by, sort=False)):
             colour = _LINES[number % len(_LINES)]
             at = part[x] / axis_x.unit
-            axes.plot(at, part[y] / axis_y.unit, color=colour, marker="o", markersize=4, linewidth=1.6, label=str(name))
+            points = part[[x, y]].to_numpy(dtype=np.float64)
+            joined = str(name) not in markers_only
+            covers = joined and any(np.array_equal(points, earlier) for earlier in drawn)
+            if joined:
+                drawn.append(points)
+            line = "none" if not joined else (0, (4, 4)) if covers else "solid"
+            style: dict[str, Any] = {
+                "color": colour,
+                "linestyle": line,
+                "linewidth": 1.6,
+                "marker": "o",
+                "markersize": 2.5 if covers else 4,
+            }
+            axes.plot(at, part[y] / axis_y.unit, label=str(name), **style)
             if band is not None:
                 low, high = (part[end] / axis_y.unit for end in band)
                 axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -131,7 +178,14 @@ def plot_lines(frame: pd.DataFrame, path: str | Path, *, x: str, y: str, by: str
         axis_x.dress(axes.xaxis)
         axis_y.dress(axes.yaxis)
         axes.grid(color="#e9ebee", linewidth=0.8)
-        axes.legend(title=by.replace("_", " "), frameon=False)
+        handles, _ = axes.get_legend_handles_labels()
+        if band_label:
+            handles.append(Patch(facecolor=_DARK, alpha=0.2, linewidth=0, label=band_label))
+        legend: dict[str, Any] = {"handles": handles, "title": by.replace("_", " "), **_FRAMED}
+        if band is None:
+            axes.legend(**legend)
+        else:  # bands leave no room for it
+            figure.legend(**legend, loc="outside lower center", ncols=min(4, len(handles)))
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=200)
     return path
@@ -175,10 +229,16 @@ class _Axis:
 
 
 def _name_and_unit(column: str, typical: float) -> tuple[str, str, int]:
-    """("latency", "ms", -3) of ("latency_s", 0.05): the unit begins at the first word that is one, ``_per_`` and ``ps`` are "/"."""
+    """("latency", "ms", -3) of ("latency_s", 0.05): the unit begins at the first word that is one, ``_per_`` and ``ps`` are "/".
+
+    A name that is all unit gets that of its quantity: ("cost", "USD/Mtok", 0) of ("usd_per_Mtok", 3.0).
+    """
     words = column.split("_")
     start = next((i for i, word in enumerate(words) if i and word.removesuffix("ps") in _UNITS), len(words))
-    name, unit = " ".join(words[:start]), words[start:]
+    if words[0] in _QUANTITIES and words[1:2] == ["per"]:
+        name, unit = _QUANTITIES[words[0]], words
+    else:
+        name, unit = " ".join(words[:start]), words[start:]
     if not unit:
         return name, "", 0
     base = unit[0].removesuffix("ps") or unit[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .. import __version__
+from ..models.checks import shown
 from ._storage import open_storage, open_study, plain_score, reaching
 from .pareto import Objective, minimised
 
@@ -24,7 +27,7 @@ def record(
 
     ``parameters``: the columns of the design, numbers or texts; all other columns become the trials' user attributes. A trial takes about
     0.5 ms, so this is for fronts, not for all rows of a sweep. ValueError for columns that are not there, for a row without a value in an
-    objective, and for a name that is taken.
+    objective or with anything but numbers, texts and truth values in a parameter, and for a name that is taken.
     """
     from optuna.trial import TrialState, create_trial
 
@@ -35,8 +38,12 @@ def record(
     if np.isnan(values).any():
         row = int(np.flatnonzero(np.isnan(values).any(axis=1))[0])
         raise ValueError(f"row {row} has no value in an objective; record rows that are feasible")
+    for column in parameters:
+        _check_parameter(frame[column])
+    for column in frame.columns.difference([*parameters, *(objective.name for objective in objectives)], sort=False):
+        _check_attribute(frame[column])
     opened, where = open_storage(storage)
-    study = open_study(opened, where, name, objectives, {"mode": "recorded"})
+    study = open_study(opened, where, name, objectives, {"mode": "recorded", "memsplit": __version__})
     with reaching(where):
         if study.get_trials(deepcopy=False):
             raise ValueError(f"study {name!r} has trials already; choose another name")
@@ -56,6 +63,27 @@ def record(
     with reaching(where):
         study.add_trials(trials)
     return len(trials)
+
+
+def _check_parameter(column: pd.Series[Any]) -> None:
+    """ValueError naming the row and the column of the first value that no study can hold."""
+    for row, value in enumerate(map(_plain, column)):
+        if not isinstance(value, (str, bool, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(
+                f"row {row}: parameter {column.name!r} must be a finite number, a text or a truth value, not {shown(value)}; "
+                "convert the column, or leave it out of parameters"
+            )
+
+
+def _check_attribute(column: pd.Series[Any]) -> None:
+    """ValueError naming the row and the column of the first value that no JSON can hold."""
+    for row, value in enumerate(map(_plain, column)):
+        try:
+            plain_score({str(column.name): value})
+        except ValueError:
+            raise ValueError(
+                f"row {row}: column {str(column.name)!r} must hold numbers, texts and lists, not {shown(value)}; convert or drop it"
+            ) from None
 
 
 def _distribution(column: pd.Series[Any]) -> BaseDistribution:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from .. import __version__
 from ..models.checks import shown, whole
+from ..models.clairvoyant import ClairvoyantProblem, Path
 from ..models.hardware import System
 from ..models.kernel_mapping import KernelMappingPlan, TransitionCost
 from ..models.kernel_mapping_tables import Granularity
@@ -27,9 +28,17 @@ from ..models.roofline import Array
 from ..models.serving import PolicyState, Service, ServingLimits, ServingState, StepWindow
 from ..models.trace import Trace
 from ..models.units import GB
+from ..solvers.clairvoyant import DynamicProgramClairvoyant, ExactClairvoyant, Regret, regret
 from ..solvers.policies import Policy
+from ..solvers.result import Solver, SolverResult
 
 Migration = Literal["serial", "overlapped", "free"]
+
+FEW_PLANS = 10_000
+"""Plans up to which the optimum is sought over all of them at once: milliseconds an iteration."""
+
+FEW_ITERATIONS = 160
+"""Iterations up to which the optimum is exact for any number of plans: some seconds for GPT3-175B."""
 
 MOST_AHEAD = 4096
 """Iterations whose tables are held together at most: some 60 MB for an LLM of 96 heads."""
@@ -45,12 +54,37 @@ class Replay:
     ``requests``: one for each request of the trace: arrived_at_s, prompt_tokens, output_tokens, first_token_s and finished_s on the
     trace's clock, ttft_s (from arrival to first token), tpot_s (mean from token to token after it). NaN where it did not come to that.
     ``summary``: see ``summarised``. ``stopped``: why it ended before every request had finished; empty if all did.
+    ``plans``: the plan of each iteration. ``prompts``: of which lengths the prompts were that each iteration read in a prefill.
     """
 
     rows: pd.DataFrame
     requests: pd.DataFrame
     summary: dict[str, Any]
     stopped: str = ""
+    service: Service | None = None
+    migration: Migration = "serial"
+    plans: tuple[KernelMappingPlan, ...] = ()
+    prompts: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def busy(self) -> float:
+        """Seconds of all iterations, migrations included; the clock also counts the time in which nothing runs."""
+        return float(self.rows["iteration_s"].sum())
+
+    def clairvoyant(self) -> ClairvoyantProblem:
+        """What the optimum of this replay's own schedule is sought for: its batches, tokens and prefills, with migration waited for.
+
+        ``problem.evaluate(problem.path(self.plans)).latency`` is ``busy`` where migration was "serial". A policy that is slower sees
+        other batches where requests arrive later, so this optimum is for the batches that this policy saw. ValueError if there are no
+        iterations, or not two memories.
+        """
+        if self.service is None or not len(self.rows):
+            raise ValueError("a clairvoyant optimum needs a replay of at least one iteration; replay a trace")
+        service = self.service
+        prefills = {prompt: service.prefill(prompt) for prompt in sorted({prompt for prompts in self.prompts for prompt in prompts})}
+        beside = [[prefills[prompt] for prompt in prompts] for prompts in self.prompts] if prefills else None
+        tables = service.tables(self.rows["batch"].to_numpy(), self.rows["tokens"].to_numpy())
+        return ClairvoyantProblem.build(tables, beside=beside, system=service.system)
 
 
 def replay(
@@ -115,11 +149,22 @@ def replay(
     unfinished = int(np.isnan(run.finished).sum())
     if unfinished and not stopped:
         stopped = f"stopped after {len(rows)} iterations, as asked; {unfinished} requests had not finished"
+    # Where the iteration after the last finished one was interrupted, its plan is known and its row is not.
+    plans, prompts = (tuple(each[: len(rows)]) for each in (run.plans, run.prompts))
     frame = pd.DataFrame(rows, columns=run.columns())
     requests = _requests(trace, run.first_token, run.finished)
     known = {"policy": run.name, "trace": trace.name, "system": system.name, "llm": llm.name, "profile": profile.name}
     summary = known | summarised(frame, requests) | {"stopped": stopped, "version": __version__}
-    return Replay(rows=frame, requests=requests, summary=summary, stopped=stopped)
+    return Replay(
+        rows=frame,
+        requests=requests,
+        summary=summary,
+        stopped=stopped,
+        service=service,
+        migration=migration,
+        plans=plans,
+        prompts=prompts,
+    )
 
 
 def summarised(rows: pd.DataFrame, requests: pd.DataFrame) -> dict[str, Any]:
@@ -145,13 +190,55 @@ def summarised(rows: pd.DataFrame, requests: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+class Against(NamedTuple):
+    """A replay beside the clairvoyant ``optimum`` of its own schedule, which is that of ``problem``."""
+
+    problem: ClairvoyantProblem
+    optimum: SolverResult[Path]
+    regret: Regret
+
+
+def against_optimum(runs: Mapping[str, Replay]) -> dict[str, Against]:
+    """Each replay of one trace on one machine with at least one iteration, against the optimum of its own schedule.
+
+    Those that saw the same schedule share its optimum, and the best of them says whether the bound is informative. Where there are at
+    most 10,000 plans or 160 iterations the optimum is exact; else it is the best path on a grid that has the plans of that best replay, and
+    a bound over all plans. ValueError for a machine without two memories, or a migration that was not waited for.
+    """
+    groups: dict[tuple[bytes, bytes, tuple[tuple[int, ...], ...]], list[str]] = {}
+    for name, run in runs.items():
+        if run.migration != "serial":
+            raise ValueError(f"{name}: the optimum waits for migration, and this replay was {run.migration!r}; replay with 'serial'")
+        if len(run.rows):
+            schedule = (run.rows["batch"].to_numpy().tobytes(), run.rows["tokens"].to_numpy().tobytes(), run.prompts)
+            groups.setdefault(schedule, []).append(name)
+    found: dict[str, Against] = {}
+    for names in groups.values():
+        best = min(names, key=lambda name: runs[name].busy)
+        problem = runs[best].clairvoyant()
+        include = (problem.path(runs[best].plans),)
+        solver: Solver
+        if problem.plans <= FEW_PLANS:
+            solver = DynamicProgramClairvoyant(counts=None)
+        elif problem.iterations <= FEW_ITERATIONS:
+            solver = ExactClairvoyant(include=include)
+        else:
+            solver = DynamicProgramClairvoyant(include=include)
+        optimum = solver.solve(problem)
+        for name in names:
+            own = regret(runs[name].busy, optimum, best=runs[best].busy)
+            found[name] = Against(problem=problem, optimum=optimum, regret=own)
+    return {name: found[name] for name in runs if name in found}
+
+
 class _Stopped(Exception):
     """The policy cannot go on; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Run:
-    """A replay under way. ``first_token`` and ``finished`` [N] are filled with times as it goes."""
+    """A replay under way. ``first_token`` and ``finished`` [N] are filled with times as it goes; ``plans`` and ``prompts`` grow with the
+    iterations."""
 
     policy: Policy
     name: str
@@ -162,6 +249,8 @@ class _Run:
     window: int
     first_token: Array
     finished: Array
+    plans: list[KernelMappingPlan] = field(default_factory=list)
+    prompts: list[tuple[int, ...]] = field(default_factory=list)
     _texts: dict[KernelMappingPlan, tuple[Any, ...]] = field(default_factory=dict)
 
     def columns(self) -> list[str]:
@@ -193,7 +282,9 @@ class _Run:
             decode = ahead.latency(plan, row)
             paging = 0.0 if bare_ahead is ahead or bare_ahead is None else decode - bare_ahead.latency(plan, row)
             moved, migrating = sum(transition.moved.values()), 0.0 if self.migration == "free" else transition.latency
-            new = state.trace.prompt_tokens[joined : state.waiting].tolist() if self.prefill else ()
+            new = tuple(state.trace.prompt_tokens[joined : state.waiting].tolist()) if self.prefill else ()
+            self.plans.append(plan)
+            self.prompts.append(new)
             prefill = sum(self.service.prefill_time(prompt, plan) for prompt in new)
             seconds = prefill + decode
             seconds = max(seconds, migrating) if self.migration == "overlapped" else seconds + migrating

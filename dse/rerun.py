@@ -26,8 +26,9 @@ SCORES: tuple[type[MappingScore] | type[OffloadScore], ...] = (MappingScore, Off
 def rerun(path: str | Path, row: int = 0) -> pd.DataFrame:
     """Price row ``row`` (from 0) of a table that ``write_csv`` or ``sweep`` wrote again, from the JSON beside it.
 
-    One line a column of the score: column, written, again. ValueError, in one sentence, if the files are damaged, have no such row,
-    or hold settings of no score that memsplit has.
+    One line a column of the score: column, written, again, and ``same``: whether the two are equal, to the last bit (a cell that is empty
+    in the file is equal to no text and to no number). ValueError, in one sentence, if the files are damaged, have no such row, or hold
+    settings of no score that memsplit has, and if a swept table lost a column of its designs.
     """
     table, score, design = _stored(path, row)
     try:
@@ -41,9 +42,21 @@ def rerun(path: str | Path, row: int = 0) -> pd.DataFrame:
     if again is None:
         raise ValueError(f"{path}: the design of row {row} fits no more; the file was changed, or memsplit was")
     columns = [name for name in again if name in table]
-    return pd.DataFrame(
-        {"column": columns, "written": [table.loc[row, name] for name in columns], "again": [again[name] for name in columns]}
-    )
+    written = [table.loc[row, name] for name in columns]
+    frame = pd.DataFrame({"column": columns, "written": written, "again": [again[name] for name in columns]})
+    frame["same"] = [_same(one, again[name]) for one, name in zip(written, columns, strict=True)]
+    return frame
+
+
+def _same(written: Any, again: Any) -> bool:
+    """Whether a cell of a file says what was priced again; a file has one way to write that there is nothing."""
+    if _empty(written) or _empty(again):
+        return _empty(written) and _empty(again)
+    return bool(written == again)
+
+
+def _empty(cell: Any) -> bool:
+    return cell is None or cell == "" or bool(pd.isna(cell))
 
 
 def explain_row(path: str | Path, row: int = 0, *, step: float = 1.0) -> tuple[Explanation, ...]:
@@ -70,7 +83,10 @@ def _stored(path: str | Path, row: int) -> tuple[pd.DataFrame, Any, Any]:
     if not 0 <= row < len(table):
         raise ValueError(f"{path} has {len(table)} rows, counted from 0, and no row {row}")
     if "design" not in table:
-        score = _sweep_score(path)
+        score, columns = _sweep_score(path)
+        lost = [name for name in columns if name not in table]
+        if lost:
+            raise ValueError(f"{path} has no column {lost[0]!r}, which its designs were swept with; name it as it was, or sweep again")
         return table, score, _design_columns(score, table, row)
     stored = read_designs(path)
     key = str(table.loc[row, "design"])
@@ -80,16 +96,20 @@ def _stored(path: str | Path, row: int) -> tuple[pd.DataFrame, Any, Any]:
     return table, score if isinstance(score, PlanScore) else _score(path, stored["settings"]), stored["designs"][key]
 
 
-def _sweep_score(path: str | Path) -> Any:
+def _sweep_score(path: str | Path) -> tuple[Any, list[str]]:
+    """The score of a sweep, and the names of its design columns; none if an earlier version wrote the file, which kept no names."""
     without = f"{path} has no column 'design', so its rows cannot be rerun; name a table of explored or swept designs"
     if not Path(path).with_suffix(".json").exists():
         raise ValueError(without)
-    score = read_designs(path)["settings"].get("score")
+    settings = read_designs(path)["settings"]
+    score, columns = settings.get("score"), settings.get("columns", [])
     if isinstance(score, str):
         raise ValueError(f"the score {score!r} of {path} is no class of memsplit, and only those are run again; use the code that swept it")
     if not (is_dataclass(score) and callable(score) and hasattr(score, "design")):
         raise ValueError(without)
-    return score
+    if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) for name in columns):
+        raise ValueError(f"the names of design columns in the JSON beside {path} are damaged; write the table again")
+    return score, list(columns)
 
 
 def _design_columns(score: Any, table: pd.DataFrame, row: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+from ..models.checks import shown
+
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
@@ -88,7 +90,10 @@ class TPE(_Seeded):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GP(_Seeded):
-    """A Gaussian process and the expected hypervolume improvement; needs PyTorch, and seconds a trial."""
+    """A Gaussian process and the expected hypervolume improvement; needs PyTorch, and seconds a trial.
+
+    Beside these, what a storage costs is small: in a journal 2 to 8 ms a trial if synchronous, about 45 ms if asynchronous.
+    """
 
     name: ClassVar[str] = "gp"
     population: ClassVar[int] = 10
@@ -148,6 +153,14 @@ def sampler_named(name: str) -> Sampler:
 def is_value(sampler: object) -> bool:
     """Whether ``sampler`` is one of the values of this module, or made like them, and not an object of Optuna's."""
     return hasattr(sampler, "build") and hasattr(sampler, "name") and hasattr(sampler, "seed")
+
+
+def check_sampler(sampler: object) -> None:
+    """ValueError unless ``sampler`` is a value of this module, or made like them, or an object of Optuna's."""
+    from optuna.samplers import BaseSampler
+
+    if isinstance(sampler, type) or not (is_value(sampler) or isinstance(sampler, BaseSampler)):
+        raise ValueError(f"sampler must be a value such as NSGA2() or SAMPLERS['nsga2'], or a sampler of Optuna's, not {shown(sampler)}")
 
 
 def described(sampler: Sampler | BaseSampler) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from ..models.roofline import Array
 from ..models.units import GB
 from ..models.workload import Workload
 from ..solvers.recompute_split_batch import solve_splits
-from .ratio_sweep import memory_usd
+from .mapping_score import check_fields
+from .ratio_sweep import machine_columns, refuse_beyond, without_beyond
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +31,9 @@ class SplitSweep:
 
     Columns out, of one decode step: latency_s; throughput_tok_per_s; bound_s and gap, the latency and 0, as the split is optimal;
     split_tokens (of the first class of layers; split_tokens_2 of the second); act_share of all layers' tokens that are recomputed; r, rho,
-    w, c of one GPU batch (``models.offload``); memory_usd of all tiers (left out where one has no cost); TIER_headroom_GB of GPU and
-    host; ``feasible`` and ``reason``. Where nothing fits, only r, rho, w, c, memory_usd and the headroom without recomputation (below 0:
-    so much is lacking) are numbers.
+    w, c of one GPU batch (``models.offload``); memory_usd of all tiers and system_usd (left out where a tier has no cost); area_mm2;
+    TIER_headroom_GB of GPU and host; ``feasible`` and ``reason``. Where nothing fits, only r, rho, w, c, USD, mm2 and the headroom without
+    recomputation (below 0: so much is lacking) are numbers; where the state is beyond 2**60 bytes, only USD and mm2.
     """
 
     system: System
@@ -45,7 +46,12 @@ class SplitSweep:
     most: int | None = None
 
     def __post_init__(self) -> None:
-        self._batch({})
+        check_fields(self, system=System, workload=Workload, profile=OffloadProfile)
+        refuse_beyond(self._batch({})[2], self.workload)
+
+    def check(self, columns: Mapping[str, Any]) -> None:
+        """ValueError for columns that cannot be priced, as a call raises it; nothing is priced."""
+        OffloadDesigns.counted(self.system, self.workload, columns, profile=self.profile, batches=self.batches)
 
     def settings(self) -> dict[str, Any]:
         """The fields by name: with a row's design columns, all that is needed to price it again."""
@@ -53,7 +59,7 @@ class SplitSweep:
 
     def __call__(self, columns: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Result columns [D] of design columns [D]; ValueError names the column, the row and the rule of a number that cannot be."""
-        designs, batch = self._batch(columns)
+        designs, batch, beyond = self._batch(columns)
         found = solve_splits(batch)
         gpu, host = designs.systems.base.tier_names[:2]
 
@@ -68,7 +74,7 @@ class SplitSweep:
         reason[~found.fits_host] = f"keys, values and weights held there exceed {host}"
         reason[~found.fits_gpu] = f"weights, embeddings and the state of two layers exceed {gpu}"
         room = batch.headroom(found.splits)
-        return {
+        priced = {
             "latency_s": known(found.latency),
             "throughput_tok_per_s": known(throughput),
             "bound_s": known(found.latency),
@@ -76,11 +82,12 @@ class SplitSweep:
             **{f"split_tokens{f'_{c + 1}' if c else ''}": known(split) for c, split in enumerate(found.splits)},
             "act_share": known(acts / np.maximum(depth * designs.context, 1)),
             **designs.ratios(self.weights),
-            **memory_usd(designs.systems),
+            **machine_columns(designs.systems),
             **{f"{name}_headroom_GB": np.broadcast_to(left, len(designs)) / GB for name, left in zip((gpu, host), room, strict=True)},
             "feasible": found.feasible.copy(),
             "reason": reason,
         }
+        return without_beyond(priced, beyond)
 
     def design(self, row: Mapping[str, Any]) -> tuple[System, Workload]:
         """The machine and the workload of a row; columns that are no design columns are passed over."""
@@ -93,7 +100,7 @@ class SplitSweep:
         most = None if self.most is None else min(self.most, workload.context)
         return (RecomputeSplitProblem.build(system, workload, most=most, **built),)
 
-    def _batch(self, columns: Mapping[str, Any]) -> tuple[OffloadDesigns, RecomputeSplitBatch]:
-        designs = OffloadDesigns.from_columns(self.system, self.workload, columns, profile=self.profile, batches=self.batches)
+    def _batch(self, columns: Mapping[str, Any]) -> tuple[OffloadDesigns, RecomputeSplitBatch, NDArray[np.bool_]]:
+        designs, beyond = OffloadDesigns.counted(self.system, self.workload, columns, profile=self.profile, batches=self.batches)
         batch = RecomputeSplitBatch.build(designs, template=self.template, chunks=self.chunks, weights=self.weights, most=self.most)
-        return designs, batch
+        return designs, batch, beyond

@@ -6,22 +6,12 @@ however many workers priced it and however often it was stopped and resumed.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections import Counter, deque
-from collections.abc import Collection, Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
-from concurrent.futures import wait as wait_for
-from concurrent.futures.process import BrokenProcessPool
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +21,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .. import __version__
-from ._chunks import ArrayScore, Columns, Designs, Grid, Job, Priced, Sobol, Table, front, identity, load, minimised, save
-from .pareto import Objective, check_objectives
+from ..models.checks import shown, whole
+from ._arguments import check_function, check_path, check_settings, constraints_of, objectives_of
+from ._chunks import ArrayScore, Columns, Designs, Grid, Job, Priced, Sobol, Table, front, minimised
+from ._engines import Dask, Pool, Task, parallel, serial
+from ._identity import digest
+from ._workers import check_sendable
+from .pareto import Objective
 from .table import Shared, check_writable, replacing, table_writer, to_json
 
 if TYPE_CHECKING:
@@ -45,10 +40,8 @@ __all__ = ["ArrayScore", "Designs", "Grid", "Sobol", "sweep"]
 
 Rows = NDArray[np.int64]
 
-ATTEMPTS = 3
-"""How often a chunk may lose the process that prices it."""
-
 _HEADER = "sweep.json"
+_OLD = 3600.0  # s after which a half-written file is nobody's: a chunk's is written in less
 
 
 def sweep(
@@ -82,33 +75,38 @@ def sweep(
     ``distributed.Client``; its workers price the chunks and need memsplit and ``score`` in the same version.
 
     ``checkpoint``: a folder with a file for each finished chunk, written whole or not at all. The same call goes on where it was stopped,
-    by Ctrl-C, a crash or a full disk, with any number of workers; another sweep is refused. The files stay until you remove them.
+    by Ctrl-C, a crash or a full disk, with any number of workers; another sweep is refused, and a score of which the source, a default
+    argument or a constant, function or class that it reaches by name has changed is another. The files stay until you remove them.
+
+    A score may have ``check(columns)``, which raises ValueError for designs that it would refuse: it is called before the first chunk,
+    with all rows of a table, every value of a ``Grid``, or the first thousand rows of another set. A "row N" in what a score raises is
+    counted in the columns that it was given, and named as the row of the designs that it is.
 
     ``attrs``: "finished" designs, of them "infeasible", and of the feasible ones "violating" constraints; "settings", for ``write_csv``:
-    the score, the set of designs unless it was a table, the objectives, and ``settings``, what else the rows depend on. ``progress``: a
-    bar on stderr; None: if stderr is a terminal.
+    the score, the names of the designs' columns, the set of designs unless it was a table, the objectives, and ``settings``, what else
+    the rows depend on. ``progress``: a bar on stderr; None: if stderr is a terminal.
     """
-    job = Job(
-        score=score, keep=None if keep is None else tuple(keep), constraints=tuple(constraints), whole=keep is None or out is not None
-    )
-    _check(job, chunk, workers, client)
+    chunk, workers = whole("sweep", "chunk", chunk, "designs"), whole("sweep", "workers", workers, "processes")
+    job = _job(score, keep, constraints, out)
+    _check(job, workers, client, checkpoint, out, settings)
     rows = _designs(designs)
+    job.check(rows)
     recorded = _recorded(rows, job) | dict(settings or {})
     if out is not None:
         check_writable(out)
     parts = _identities(rows, job, chunk, settings) if checkpoint is not None else {}
-    task = _Task(job=job, designs=rows, chunk=chunk, folder=_opened(checkpoint, parts), key=_hash(parts))
+    task = Task(job=job, designs=rows, chunk=chunk, folder=_opened(checkpoint, parts), key=digest(parts))
     total = _Total(job=job, out=out is not None)
     try:
         with ExitStack() as stack:
             write = stack.enter_context(table_writer(out, recorded)) if out is not None else None
             bar = stack.enter_context(tqdm(total=len(rows), unit="design", disable=None if progress is None else not progress))
             if client is not None:
-                chunks = _parallel(task, _Dask(task, client))
+                chunks = parallel(task, Dask(task, client))
             elif workers > 1 and task.number > 1:
-                chunks = _parallel(task, _Pool(task, min(workers, task.number)))
+                chunks = parallel(task, Pool(task, min(workers, task.number)))
             else:
-                chunks = _serial(task)
+                chunks = serial(task)
             for priced in stack.enter_context(closing(chunks)):
                 total.add(priced)
                 if write is not None:
@@ -120,25 +118,30 @@ def sweep(
         print(f"sweep: interrupted; {way}", file=sys.stderr)
         raise
     if task.folder is not None:
-        for left in task.folder.glob(".*.part"):  # of workers that were killed while they wrote
-            left.unlink(missing_ok=True)
+        _tidy(task.folder)
     frame = total.frame()
     frame.attrs |= {"finished": len(rows), "infeasible": total.infeasible, "violating": total.violating, "settings": Shared(recorded)}
     return frame
 
 
-def _check(job: Job, chunk: int, workers: int, client: Client | None) -> None:
-    if not callable(job.score):
-        raise ValueError(f"score must be a function of a dict of arrays, not a {type(job.score).__name__}")
-    for name, value in (("chunk", chunk), ("workers", workers)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+def _job(score: Any, keep: object, constraints: object, out: object) -> Job:
+    check_function("score", score, "a dict of arrays")
+    kept, limits = None if keep is None else objectives_of("keep", keep), constraints_of(constraints)
+    if limits and kept is None:
+        raise ValueError("constraints choose among the rows that are kept; name objectives to keep rows by, as in keep=[Objective(...)]")
+    return Job(score=score, keep=kept, constraints=limits, whole=kept is None or out is not None)
+
+
+def _check(job: Job, workers: int, client: object, checkpoint: object, out: object, settings: object) -> None:
     if client is not None and workers > 1:
         raise ValueError(f"a client has its own workers, so workers must stay 1, not {workers}; leave out one of them")
-    if job.keep is not None:
-        check_objectives(job.keep)
-    elif job.constraints:
-        raise ValueError("constraints choose among the rows that are kept; name objectives to keep rows by, as in keep=[Objective(...)]")
+    if client is not None and not (hasattr(client, "submit") and hasattr(client, "nthreads")):
+        raise ValueError(f"client must be a distributed.Client of Dask, not {shown(client)}")
+    check_path("checkpoint", checkpoint)
+    check_path("out", out)
+    check_settings(settings)
+    if workers > 1:
+        check_sendable("score", job.score, job.score if hasattr(job.score, "__qualname__") else type(job.score))
 
 
 def _designs(designs: Any) -> Designs:
@@ -146,16 +149,21 @@ def _designs(designs: Any) -> Designs:
         designs = designs.to_pandas()
     if isinstance(designs, pd.DataFrame):
         return Table.of(designs)
-    if not callable(getattr(designs, "columns", None)) or not hasattr(designs, "__len__"):
-        raise ValueError(f"designs must be a DataFrame, an Arrow table, a Grid or a Sobol, not a {type(designs).__name__}")
+    if isinstance(designs, type) or not callable(getattr(designs, "columns", None)) or not hasattr(designs, "__len__"):
+        what = f"the class {designs.__name__}" if isinstance(designs, type) else f"a {type(designs).__name__}"
+        raise ValueError(f"designs must be a DataFrame, an Arrow table, a Grid or a Sobol, not {what}")
     if not len(designs):
         raise ValueError("designs are empty; give at least one row")
     return designs
 
 
 def _recorded(designs: Designs, job: Job) -> dict[str, Any]:
-    """What the rows depend on, as far as it can be written beside a table: the score, and by name one that is not of memsplit."""
+    """What the rows depend on, as far as it can be written beside a table: the score, and by name one that is not of memsplit.
+
+    ``columns``: the names of the designs' columns, so that a table that has lost one is known.
+    """
     found: dict[str, Any] = {"score": job.score, "objectives": job.keep, "constraints": job.constraints or None}
+    found["columns"] = list(designs.axes if isinstance(designs, Grid | Sobol) else designs.columns(0, 1))
     if not isinstance(designs, Table):
         found["designs"] = designs
     for name, value in found.items():
@@ -178,11 +186,7 @@ def _identities(designs: Designs, job: Job, chunk: int, settings: Mapping[str, A
         "rows kept": job.whole,
         "settings": settings,
     }
-    return {name: _hash(identity(value)) for name, value in parts.items()}
-
-
-def _hash(data: object) -> str:
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+    return {name: digest(value) for name, value in parts.items()}
 
 
 def _opened(checkpoint: str | Path | None, parts: dict[str, str]) -> Path | None:
@@ -212,49 +216,19 @@ def _opened(checkpoint: str | Path | None, parts: dict[str, str]) -> Path | None
     return folder
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """The chunks of a sweep by their number, and their files in ``folder``."""
-
-    job: Job
-    designs: Designs
-    chunk: int
-    folder: Path | None
-    key: str
-
-    @property
-    def number(self) -> int:
-        return -(-len(self.designs) // self.chunk)
-
-    def bounds(self, number: int) -> tuple[int, int]:
-        return number * self.chunk, min((number + 1) * self.chunk, len(self.designs))
-
-    def part(self, number: int) -> Designs:
-        """Designs that hold the rows of one chunk: all that its worker needs."""
-        start, stop = self.bounds(number)
-        return Table(arrays=self.designs.columns(start, stop), first=start) if isinstance(self.designs, Table) else self.designs
-
-    def path(self, number: int) -> Path | None:
-        return None if self.folder is None else self.folder / f"rows{self.bounds(number)[0]:012d}.npz"
-
-    def stored(self, number: int) -> bool:
-        path = self.path(number)
-        return path is not None and path.exists()
-
-    def load(self, number: int) -> Priced | None:
-        path = self.path(number)
-        return None if path is None else load(path, self.key)
-
-    def price(self, number: int) -> Priced:
-        return _price(self.job, self.designs, *self.bounds(number), self.path(number), self.key)
-
-
-def _price(job: Job, designs: Designs, start: int, stop: int, path: Path | None, key: str) -> Priced:
-    """Price a chunk and write its file: what a worker does."""
-    priced = job.price(designs, start, stop)
-    if path is not None:
-        save(path, key, priced)
-    return priced
+def _tidy(folder: Path) -> None:
+    """Remove what workers that were killed were writing; another sweep may be writing there, too."""
+    for left in folder.glob(".*.part"):
+        number = left.name.split(".")[-2]
+        try:
+            if time.time() - left.stat().st_mtime < _OLD and number.isdecimal():
+                os.kill(int(number), 0)
+                continue
+        except (ProcessLookupError, FileNotFoundError, OverflowError):
+            pass  # nobody writes it
+        except PermissionError:  # a process of another user
+            continue
+        left.unlink(missing_ok=True)
 
 
 class _Total:
@@ -305,196 +279,3 @@ class _Total:
             return pd.DataFrame(columns)
         order = np.lexsort((rows, *minimised(columns, self.job.keep).T[::-1]))
         return pd.DataFrame({name: array[order] for name, array in columns.items()}, index=rows[order])
-
-
-class _Pool:
-    """Processes of this machine: one future a chunk, and a new pool when a worker dies."""
-
-    lost: type[BaseException] = BrokenProcessPool
-    attempts = ATTEMPTS
-    way_out = "make chunk smaller if it needs more memory than there is"
-
-    def __init__(self, task: _Task, workers: int) -> None:
-        self.task, self.workers, self.ahead = task, workers, 2 * workers
-        self.executor = self._started()
-
-    def _started(self) -> ProcessPoolExecutor:
-        # Forks of this process may hang, as it may have threads; those of a server that has only imported memsplit start at once.
-        server = "forkserver" in multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if server else "spawn")
-        if server:
-            context.set_forkserver_preload([f"{__package__}._chunks"])
-        return ProcessPoolExecutor(self.workers, mp_context=context, initializer=_stay_with_parent)
-
-    def restart(self) -> None:
-        """A new pool. A worker dies as well when it cannot import the score, or the script: ValueError if that was it."""
-        score = self.task.job.score
-        what = score if hasattr(score, "__qualname__") else type(score)
-        for attempt in range(2):
-            self.executor.shutdown(cancel_futures=True)
-            self.executor = self._started()
-            try:
-                reason = self.executor.submit(_import_error, what.__module__, what.__qualname__).result()
-                break
-            except BrokenProcessPool:
-                if attempt:
-                    raise ValueError(
-                        'no other process could be started; a script must sweep under if __name__ == "__main__":, or with workers=1'
-                    ) from None
-        if reason:
-            raise ValueError(f"the score cannot be imported by other processes ({reason}); define it in a module, or take workers=1")
-
-    def submit(self, number: int) -> Future[Priced]:
-        task = self.task
-        return self.executor.submit(_price, task.job, task.part(number), *task.bounds(number), task.path(number), task.key)
-
-    def wait(self, futures: Collection[Future[Priced]]) -> Collection[Future[Priced]]:
-        return wait_for(futures, return_when=FIRST_COMPLETED).done
-
-    def received(self, number: int, priced: Priced) -> None:
-        """The worker has written the file."""
-
-    def close(self, futures: Collection[Future[Priced]]) -> None:
-        """Chunks that are being priced are finished, and their files written."""
-        self.executor.shutdown(cancel_futures=True)
-
-
-class _Dask:
-    """Workers of a Dask cluster: the scheduler gives a lost worker's chunks to others; this process writes the files."""
-
-    attempts = 1  # the scheduler has made its own
-    way_out = "make chunk smaller if it needs more memory than a worker has"
-
-    def __init__(self, task: _Task, client: Client) -> None:
-        from distributed import KilledWorker
-
-        self.task, self.client = task, client
-        self.lost: type[BaseException] = KilledWorker
-        self.ahead = max(4, 2 * sum(client.nthreads().values()))  # type: ignore[no-untyped-call]
-
-    def restart(self) -> None:
-        """Nothing to do."""
-
-    def submit(self, number: int) -> Any:
-        task = self.task
-        return self.client.submit(_price, task.job, task.part(number), *task.bounds(number), None, "", pure=False)
-
-    def wait(self, futures: Collection[Any]) -> Collection[Any]:
-        from distributed import wait
-
-        return wait(list(futures), return_when="FIRST_COMPLETED").done  # type: ignore[no-untyped-call]
-
-    def received(self, number: int, priced: Priced) -> None:
-        """Write the file: workers of another machine may not see the folder."""
-        if priced.version != __version__:
-            raise ValueError(f"a Dask worker has memsplit {priced.version}, and this process {__version__}; install one version everywhere")
-        if (path := self.task.path(number)) is not None:
-            save(path, self.task.key, priced)
-
-    def close(self, futures: Collection[Any]) -> None:
-        self.client.cancel(list(futures))  # type: ignore[no-untyped-call]
-
-
-def _import_error(module: str, name: str) -> str:
-    """Why this process cannot import ``name`` from ``module``; "" if it can."""
-    try:
-        attrgetter(name)(importlib.import_module(module))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _stay_with_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, which lets chunks be finished, and end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class _Flights:
-    """Chunks on their way through an engine. Few are asked for at once, so that few results wait for their turn."""
-
-    def __init__(self, task: _Task, engine: _Pool | _Dask) -> None:
-        self.task, self.engine = task, engine
-        self.waiting = deque(number for number in range(task.number) if not task.stored(number))
-        self.missing = frozenset(self.waiting)
-        self.alone: deque[int] = deque()  # all that was asked for when a worker died: priced one by one, to tell which kills workers
-        self.losses: Counter[int] = Counter()
-        self.flying: dict[Any, int] = {}
-        self.ready: dict[int, Priced] = {}
-
-    def advance(self, turn: int) -> bool:
-        """Ask for what may be asked for, and wait for something, unless chunk ``turn`` is there: whether it is still to come."""
-        while (number := self._next(turn)) is not None:
-            try:
-                self.flying[self.engine.submit(number)] = number
-            except self.engine.lost:  # a worker died with nothing to do; what was asked for before is found to be lost below
-                (self.alone if number in self.losses else self.waiting).appendleft(number)
-                if not self.flying:
-                    self.engine.restart()
-                break
-        if turn not in self.missing or turn in self.ready:
-            return False
-        done = self.engine.wait(self.flying) if self.flying else ()
-        if lost := [number for future in done if not self._landed(future, number := self.flying.pop(future))]:
-            self._recover(lost)
-        return turn not in self.ready
-
-    def _next(self, turn: int) -> int | None:
-        if self.alone:
-            return None if self.flying else self.alone.popleft()
-        suspect = any(number in self.losses for number in self.flying.values())
-        if suspect or not self.waiting or len(self.flying) >= self.engine.ahead or self.waiting[0] >= turn + 4 * self.engine.ahead:
-            return None
-        return self.waiting.popleft()
-
-    def _landed(self, future: Any, number: int) -> bool:
-        try:
-            priced = future.result()
-        except self.engine.lost:
-            return False
-        self.engine.received(number, priced)
-        self.ready[number] = priced
-        self.losses.pop(number, None)
-        return True
-
-    def _recover(self, lost: list[int]) -> None:
-        """A dead worker takes its pool with it: keep what is finished, and ask for the rest again."""
-        lost += [number for future, number in self.flying.items() if not self._landed(future, number)]
-        self.flying.clear()
-        for number in sorted(lost):
-            priced = self.task.load(number)
-            if priced is not None:
-                self.ready[number] = priced
-                continue
-            self.losses[number] += 1
-            if self.losses[number] >= self.engine.attempts:
-                start, stop = self.task.bounds(number)
-                times = "" if self.engine.attempts == 1 else f" {self.losses[number]} times"
-                raise ValueError(f"rows {start} to {stop - 1} lost the process that priced them{times}: {self.engine.way_out}")
-            self.alone.append(number)
-        self.engine.restart()
-
-
-def _serial(task: _Task) -> Generator[Priced, None, None]:
-    for number in range(task.number):
-        yield task.load(number) or task.price(number)
-
-
-def _parallel(task: _Task, engine: _Pool | _Dask) -> Generator[Priced, None, None]:
-    """The chunks in order."""
-    flights = _Flights(task, engine)
-    try:
-        for turn in range(task.number):
-            while flights.advance(turn):
-                pass
-            priced = flights.ready.pop(turn) if turn in flights.ready else task.load(turn)
-            yield priced or task.price(turn)  # a damaged file is priced again, here
-    finally:
-        engine.close(flights.flying)

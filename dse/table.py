@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from .. import __version__
+from ..models.checks import shown
 
 
 class Shared(dict[Any, Any]):
@@ -53,7 +54,7 @@ def write_parquet(path: str | Path, frame: pd.DataFrame, *, provenance: Mapping[
 
     Needs pyarrow (``pip install "memsplit[io]"``). The path ends in ``.parquet``, by which ``read_table`` knows the format.
     """
-    if Path(path).suffix != ".parquet":
+    if Path(path).suffix != ".parquet" and Path(path) != Path():  # an empty name has a sentence of its own
         raise ValueError(f"cannot write {path}: a Parquet file ends in .parquet; choose another --out, as in {Path(path).stem}.parquet")
     return _write(path, frame, provenance)
 
@@ -89,8 +90,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}; name a table written by write_csv or write_parquet") from None
     except (ValueError, pd.errors.ParserWarning) as error:
-        reason = str(error).strip().replace("\n", " ").removesuffix(".")
-        raise ValueError(f"cannot read {path}: {reason}; name a table written by write_csv or write_parquet") from None
+        raise ValueError(f"cannot read {path}: {_one_line(error)}; name a table written by write_csv or write_parquet") from None
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"cannot read {path}: it has the column {twice[0]!r} twice; rename one of them")
@@ -140,6 +140,8 @@ def table_writer(path: str | Path, provenance: Mapping[str, Any]) -> Iterator[Ca
 def check_writable(path: str | Path) -> Path:
     """The path, if a table and the JSON beside it can be written there; ValueError otherwise. To be called before long work."""
     path = Path(path)
+    if path == Path():  # also that of the empty text
+        raise ValueError("cannot write to an empty name or to the folder '.' itself; name a file with --out, as in results.csv")
     if path.suffix == ".json":
         raise ValueError(
             f"cannot write {path}: its designs are written to that name; choose another --out, as in {path.with_suffix('.csv')}"
@@ -274,7 +276,15 @@ def _one_sentence(path: Path, otherwise: str = "choose another --out") -> Iterat
     try:
         yield
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; {otherwise}") from error
+        raise ValueError(f"cannot write {path}: {_one_line(error.strerror or error)}; {otherwise}") from error
+    except UnicodeEncodeError as error:
+        bad = error.object[error.start : error.end]
+        raise ValueError(f"cannot write {path}: a text holds {bad!r}, a lone surrogate, which UTF-8 cannot; replace it") from error
+
+
+def _one_line(reason: object) -> str:
+    """A message of another library without line breaks and the full stop at its end."""
+    return " ".join(str(reason).split()).removesuffix(".")
 
 
 def _write(path: str | Path, frame: pd.DataFrame, provenance: Mapping[str, Any] | None) -> Path:
@@ -326,8 +336,25 @@ def _arrow(path: Path, frame: pd.DataFrame) -> Any:
     try:
         return pyarrow.Table.from_pandas(pd.DataFrame(dict(frame.items())), preserve_index=False).replace_schema_metadata(None)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as error:
-        reason = "; ".join(str(part) for part in error.args)
+        reason = _one_line("; ".join(str(part) for part in error.args))
         raise ValueError(f"cannot write {path}: {reason}; a column of a Parquet file holds numbers or texts, not both") from None
+    except (OverflowError, UnicodeError):
+        column, value = _not_for_arrow(frame)
+        raise ValueError(
+            f"cannot write {path}: column {column!r} holds {shown(value)}; a Parquet file takes whole numbers below 2**63 and texts "
+            "without lone surrogates, so make it a float or replace the characters"
+        ) from None
+
+
+def _not_for_arrow(frame: pd.DataFrame) -> tuple[str, object]:
+    """The first column and value that Arrow has no number or no characters for."""
+    for name, column in frame.items():
+        for value in column:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                return str(name), value
+            if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+                return str(name), value
+    return next((str(name), name) for name in frame.columns if any("\ud800" <= letter <= "\udfff" for letter in str(name)))
 
 
 def _dump(path: Path, document: object) -> None:

@@ -58,7 +58,9 @@ def wholes(what: str, field: str, values: object, unit: str, *, least: int = 1) 
 
 
 def shown(value: object) -> str:
-    """``repr`` on one line, cut where it is long."""
+    """``repr`` on one line, cut where it is long; numbers of NumPy as plain ones."""
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # an int of more digits than Python writes

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .hardware import System
-from .systems import Systems, column_place
+from .roofline import Array
+from .systems import Systems, column_numbers, column_place
 from .workload import Workload
 
 WORKLOAD_COLUMNS: Mapping[str, int] = {"batch": 1, "context": 0}
@@ -43,20 +44,22 @@ class DesignTable:
         if workload.state_tokens is not None:
             raise ValueError("a table of designs takes a workload whose requests have equal contexts; leave out its state_tokens")
         least = {**WORKLOAD_COLUMNS, **(more or {})}
-        lengths = {name: len(np.atleast_1d(np.asarray(column))) for name, column in columns.items()}
+        numbers = {}
+        for name, column in columns.items():
+            if name not in least:
+                column_place(system, name)  # is checked also where no row follows
+            numbers[name] = column_numbers(name, column, _rule(least[name]) if name in least else "numbers")
+        lengths = {name: len(column) for name, column in numbers.items()}
         designs = next(iter(lengths.values()), 1)
         for name, length in lengths.items():
             if length != designs:
                 raise ValueError(
                     f"column {name!r} has {length} rows and column {next(iter(lengths))!r} {designs}; give every design every column"
                 )
-        counts = {name: _whole(name, column, least[name]) for name, column in columns.items() if name in least}
+        counts = {name: _whole(name, numbers.pop(name), least[name]) for name in lengths if name in least}
         if workload.phase == "prefill" and designs and "context" in counts and counts["context"].min() < 1:
             row = int(counts["context"].argmin())
             raise ValueError(f"context is 0 in row {row}, and a prefill needs a token; give at least 1, or decode")
-        numbers = {name: column for name, column in columns.items() if name not in least}
-        for name in numbers:  # are checked, also where no row follows
-            column_place(system, name)
         systems = Systems.from_columns(system, numbers) if numbers and designs else Systems(base=system, columns={}, designs=designs)
         return cls(systems=systems, workload=workload, counts=counts)
 
@@ -103,12 +106,12 @@ def _is_number(system: System, name: str) -> bool:
     return True
 
 
-def _whole(name: str, column: ArrayLike, least: int) -> NDArray[np.int64]:
+def _rule(least: int) -> str:
+    return f"whole numbers of at least {least}, without a unit"
+
+
+def _whole(name: str, values: Array, least: int) -> NDArray[np.int64]:
     """A column of whole numbers."""
-    try:
-        values = np.atleast_1d(np.asarray(column, dtype=np.float64))
-    except (TypeError, ValueError):
-        raise ValueError(f"column {name!r} must hold whole numbers of at least {least}, without a unit; correct it") from None
     good = (values >= least) & (values < MOST) & (values == np.floor(values))
     if not good.all():
         row = int(np.flatnonzero(~good)[0])

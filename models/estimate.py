@@ -27,7 +27,7 @@ from .hardware import System
 from .llm import LLMConfig
 from .price import flop_energy, static_power
 from .roofline import Array, matrix_peak
-from .systems import Place, Systems, as_systems
+from .systems import Place, Systems, as_systems, place_of
 from .workload import Kernel, Phase, Workload, step_kernels, touched_share
 
 CHUNK = 1024
@@ -100,6 +100,22 @@ _ADDS_UP = {
     "links": ("bandwidth", "cost"),
 }
 """Numbers of a System's parts that equal machines have together; latencies, shares, and what is said by byte, FLOP or mm2, stay."""
+
+
+def tensor_parallel_all(systems: Systems, devices: ArrayLike) -> Systems:
+    """``tensor_parallel`` of many machines, each by its number of ``devices`` (one number, or one a machine), or of one by each number."""
+    number = np.asarray(devices, dtype=np.float64).reshape(-1)
+    if (number == 1).all():
+        return systems
+    designs, columns = max(len(systems), len(number)), dict(systems.columns)
+    for part, fields in _ADDS_UP.items():
+        for item in getattr(systems.base, part):
+            for field in fields:
+                place = place_of(part, item, field)
+                values = columns.get(place, getattr(item, field))
+                if values is not None:
+                    columns[place] = np.broadcast_to(values * number, designs)
+    return Systems(base=systems.base, columns={place: np.broadcast_to(v, designs) for place, v in columns.items()}, designs=designs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -211,7 +227,8 @@ class StepEstimate:
     """A step of D designs, arrays [D]: ``latency`` and ``bound`` [s], ``traffic`` [B] of the memory, ``state`` [B] (keys and values),
     ``headroom`` [B] beside weights, state and activations (below 0: so much is lacking), ``fits``, ``energy`` [J] of accesses, FLOPs and
     static power as far as known (None: not even of accesses), ``memory_cost`` [USD] (None: unknown), ``tokens`` that leave the step
-    (decode) or enter it (prefill)."""
+    (decode) or enter it (prefill); ``compute_bound``: whether the bound is that of FLOPs, and not of bytes
+    (None: not asked for)."""
 
     latency: Array
     bound: Array
@@ -222,6 +239,7 @@ class StepEstimate:
     tokens: Array
     energy: Array | None
     memory_cost: Array | None
+    compute_bound: NDArray[np.bool_] | None = None
 
 
 class _Block(NamedTuple):
@@ -315,9 +333,10 @@ class StepModel:
             head_flops=flops.get("head", 0.0),
         )
 
-    def estimate(self, machines: StepMachines, batch: ArrayLike, context: ArrayLike) -> StepEstimate:
+    def estimate(self, machines: StepMachines, batch: ArrayLike, context: ArrayLike, *, compare: bool = False) -> StepEstimate:
         """The step on each of ``machines`` with ``batch`` requests of ``context`` tokens: one number each, or one for each design.
 
+        ``compare``: say also which of its two bounds is the larger one.
         Nothing is checked here; prefill needs a context of at least 1. Every number of a design has the same bits in any batch.
         """
         requests, tokens = (np.asarray(given, dtype=np.float64).reshape(-1) for given in (batch, context))
@@ -325,6 +344,7 @@ class StepModel:
         result = StepEstimate(
             **{field: np.empty(designs) for field in ("latency", "bound", "traffic", "state", "headroom", "tokens")},
             fits=np.empty(designs, dtype=bool),
+            compute_bound=np.empty(designs, dtype=bool) if compare else None,
             energy=None if machines.energy is None else np.empty(designs),
             memory_cost=None if machines.memory_cost is None else np.empty(designs),
         )
@@ -387,6 +407,8 @@ class StepModel:
         np.maximum(bound, (products if decode else products + attention) / machines.matrix, out=bound)
         if decode:
             np.maximum(bound, attention / machines.vector, out=bound)
+        if result.compute_bound is not None:
+            np.less(traffic * per_byte, bound, out=result.compute_bound[rows])
         np.maximum(latency, bound, out=latency)  # equal but for the rounding of sums in another order
         if profile.activations:
             np.add(traffic, tokens * self.activations, out=traffic)

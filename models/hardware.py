@@ -7,14 +7,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .checks import check_name, check_number, whole
+from .checks import check_name, check_number, shown, whole
 from .datasheet import read_sheet
 from .units import GB
+
+LARGE = 1e9
+"""Bytes, bytes/s and FLOP/s from which on a machine is taken for a real one, whose energy, cost and area must then be possible; numbers
+of small machines, as in examples worked by hand, are free."""
+
+MOST_COST, COST_WAY = 1.0, "write USD/GB as cost=15 / GB"
+"""USD/B, that is 1e9 USD/GB: an assumption, far beyond any memory that is sold."""
+
+MOST_ACCESS, ACCESS_WAY = 1e-6, "write pJ/bit as energy=3.9 * 8 * pJ"
+"""J/B, that is 125,000 pJ/bit: an assumption, far beyond disks and networks."""
+
+MOST_OPERATION, OPERATION_WAY = 1e-3, "write pJ/FLOP as energy=0.5 * pJ"
+"""J/FLOP, that of 1 kW for 1 MFLOP/s: an assumption, far beyond processors in use."""
+
+MOST_AREA, AREA_WAY = 100.0, "write mm2 as area=400 * mm2"
+"""m2 of silicon in one unit, that of 1,400 wafers of 300 mm: an assumption, far beyond any machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryTier:
     """One memory: what it holds, how fast it is read, what an access and a byte of it cost.
+
+    All numbers are in base units, never in those of a data sheet: ``capacity=96 * GB``, ``bandwidth=3 * TB``, ``energy=3.9 * 8 * pJ``,
+    ``cost=15 / GB`` for 15 USD/GB, with the constants of ``models.units``.
 
     ``capacity`` [B], ``bandwidth`` [B/s], ``latency`` [s] of a first access, ``page`` [B] (1: no paging),
     ``energy`` [J/B] of an access, ``cost`` [USD/B] and ``static_power`` [W] of the whole tier while it is on, whatever it does; None
@@ -36,11 +55,14 @@ class MemoryTier:
 
     def __post_init__(self) -> None:
         check_name("memory tier", self.name)
-        check_number(f"tier {self.name!r}", "capacity", self.capacity, "B", zero=True, infinite=False)
-        check_number(f"tier {self.name!r}", "bandwidth", self.bandwidth, "B/s")
-        check_number(f"tier {self.name!r}", "latency", self.latency, "s", zero=True, infinite=False)
-        _check_optional(f"tier {self.name!r}", self, energy="J/B", cost="USD/B", static_power="W")
-        object.__setattr__(self, "page", whole(f"tier {self.name!r}", "page", self.page, "bytes"))
+        what = f"tier {self.name!r}"
+        check_number(what, "capacity", self.capacity, "B", zero=True, infinite=False)
+        check_number(what, "bandwidth", self.bandwidth, "B/s")
+        check_number(what, "latency", self.latency, "s", zero=True, infinite=False)
+        _check_optional(what, self, energy="J/B", cost="USD/B", static_power="W")
+        _check_possible(what, "cost", self.cost, MOST_COST, "USD/B", COST_WAY, large=self.capacity)
+        _check_possible(what, "energy", self.energy, MOST_ACCESS, "J/B", ACCESS_WAY, large=self.bandwidth)
+        object.__setattr__(self, "page", whole(what, "page", self.page, "bytes"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +75,7 @@ class ComputeUnit:
 
     ``energy`` [J/FLOP], ``static_power`` [W] while it is on, whatever it does, and ``area`` [m2] of its silicon; None where unknown.
     Its price is ``cost`` [USD a device] or, where that is None, ``area`` x ``silicon_cost`` [USD/m2]. Memory is priced on its tier.
+    All numbers are in base units: ``matrix_peak=312 * TFLOPS``, ``energy=0.5 * pJ``, ``area=400 * mm2``, ``silicon_cost=0.13 / mm2``.
     """
 
     name: str
@@ -73,17 +96,20 @@ class ComputeUnit:
 
     def __post_init__(self) -> None:
         check_name("compute unit", self.name)
-        check_number(f"unit {self.name!r}", "matrix_peak", self.matrix_peak, "FLOP/s")
-        check_number(f"unit {self.name!r}", "vector_peak", self.vector_peak, "FLOP/s")
+        what = f"unit {self.name!r}"
+        check_number(what, "matrix_peak", self.matrix_peak, "FLOP/s")
+        check_number(what, "vector_peak", self.vector_peak, "FLOP/s")
         if self.tile is not None:
-            object.__setattr__(self, "tile", whole(f"unit {self.name!r}", "tile", self.tile, "rows"))
-        _check_optional(f"unit {self.name!r}", self, energy="J/FLOP", static_power="W", area="m2", cost="USD", silicon_cost="USD/m2")
+            object.__setattr__(self, "tile", whole(what, "tile", self.tile, "rows"))
+        _check_optional(what, self, energy="J/FLOP", static_power="W", area="m2", cost="USD", silicon_cost="USD/m2")
+        _check_possible(what, "energy", self.energy, MOST_OPERATION, "J/FLOP", OPERATION_WAY, large=self.matrix_peak)
+        _check_possible(what, "area", self.area, MOST_AREA, "m2", AREA_WAY, large=self.matrix_peak)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
     """One direction of a connection between two tiers: ``bandwidth`` [B/s], ``latency`` [s], reached share ``efficiency``;
-    ``energy`` [J/B] of a transfer and ``cost`` [USD], None where unknown."""
+    ``energy`` [J/B] of a transfer and ``cost`` [USD], None where unknown. Base units: ``bandwidth=64 * GB``, ``energy=6 * 8 * pJ``."""
 
     source: str
     target: str
@@ -102,6 +128,7 @@ class Link:
         if not 0 < self.efficiency <= 1:
             raise ValueError(f"{what}: efficiency must be above 0 and at most 1, not {self.efficiency!r}")
         _check_optional(what, self, energy="J/B", cost="USD")
+        _check_possible(what, "energy", self.energy, MOST_ACCESS, "J/B", ACCESS_WAY, large=self.bandwidth)
         if self.source == self.target:
             raise ValueError(f"{what}: a link joins two different tiers; remove it or name another target")
 
@@ -163,12 +190,14 @@ class System:
         raise ValueError(f"system {self.name!r} has no tier {name!r}; tiers are {list(self.tier_names)}")
 
     def with_tier(self, name: str, **changes: Any) -> System:
-        """This system with some fields of one tier changed: ``system.with_tier("HBM", capacity=48 * GB)``."""
+        """This system with some fields of one tier changed, in base units (B, B/s, J/B, USD/B):
+        ``system.with_tier("HBM", capacity=48 * GB, cost=15 / GB)``, with the constants of ``models.units``."""
         changed = replace(self.tier(name), **changes)
         return replace(self, tiers=tuple(changed if tier.name == name else tier for tier in self.tiers))
 
     def with_unit(self, name: str, **changes: Any) -> System:
-        """This system with some fields of one compute unit changed."""
+        """This system with some fields of one compute unit changed, in base units (FLOP/s, J/FLOP, W, m2, USD):
+        ``system.with_unit("GPU", matrix_peak=624 * TFLOPS, area=800 * mm2)``."""
         if name not in [unit.name for unit in self.units]:
             raise ValueError(f"system {self.name!r} has no unit {name!r}; units are {[unit.name for unit in self.units]}")
         return replace(self, units=tuple(replace(unit, **changes) if unit.name == name else unit for unit in self.units))
@@ -245,3 +274,9 @@ def _check_optional(what: str, item: object, **units: str) -> None:
     for field, unit in units.items():
         if getattr(item, field) is not None:
             check_number(what, field, getattr(item, field), unit, zero=True, infinite=False)
+
+
+def _check_possible(what: str, field: str, value: float | None, most: float, unit: str, way_out: str, *, large: float) -> None:
+    """ValueError for a number above ``most``, which can only be one of another unit, if the machine's own is ``LARGE``."""
+    if value is not None and value > most and large >= LARGE:
+        raise ValueError(f"{what}: {field} must be at most {most:g} [{unit}], which no machine reaches, not {shown(value)}; {way_out}")

@@ -76,6 +76,31 @@ class OffloadDesigns:
         return cls._of(DesignTable.from_columns(system, workload, columns), profile=profile, batches=batches)
 
     @classmethod
+    def counted(
+        cls,
+        system: System,
+        workload: Workload,
+        columns: Mapping[str, ArrayLike],
+        *,
+        profile: OffloadProfile = DATASHEET,
+        batches: int = 1,
+        block: int = 1,
+    ) -> tuple[OffloadDesigns, NDArray[np.bool_]]:
+        """``from_columns``, and which designs [D] have more state, in whole blocks, than a batch counts exactly.
+
+        No machine holds that; instead of being refused with all others, these stand here with one request of no token.
+        """
+        table, number = DesignTable.from_columns(system, workload, columns), whole("offloading", "batches", batches, "GPU batches")
+        requests, context = (np.broadcast_to(table.count(name, getattr(workload, name)), len(table)) for name in WORKLOAD_COLUMNS)
+        tokens = requests.astype(np.float64) * number * np.ceil(context / block) * block
+        each = sum(layer.layers * max(layer.kv_bytes, layer.act_bytes) for layer in _layers(replace(workload, batch=1, context=0), 1))
+        beyond = (tokens >= MOST_TOKENS) | (tokens * each >= MOST_BYTES / 2)  # half of it: blocks are rounded to bytes
+        if beyond.any():
+            counts = {"batch": np.where(beyond, 1, requests), "context": np.where(beyond, 0, context)}
+            table = replace(table, counts=counts)
+        return cls._of(table, profile=profile, batches=batches), beyond
+
+    @classmethod
     def from_row(cls, system: System, workload: Workload, row: Mapping[str, Any]) -> OffloadDesigns:
         """The one design of a table's row, in which columns that say no number of ``system``, batch or context are passed over."""
         return cls._of(DesignTable.from_row(system, workload, row), profile=DATASHEET, batches=1)

@@ -10,19 +10,22 @@ from .roofline import Array, transfer_time
 
 Pages = NDArray[np.int64]
 
+MOST_BYTES = 2.0**62
+"""Bytes beyond it, also infinitely many, are counted as so many: they fit an int64."""
+
 
 def page_count(nbytes: ArrayLike, page: ArrayLike) -> Pages:
     """Pages of ``page`` bytes that hold a tensor of ``nbytes`` [B]: rounded up, once for each tensor on each side.
 
     Bytes are taken as whole (a hundredth of a byte is forgiven, so that 3 x 0.1 pages of 10 B are 3 B).
     """
-    whole = np.ceil(np.asarray(nbytes, dtype=np.float64) - 0.01).astype(np.int64)
+    whole = np.minimum(np.ceil(np.asarray(nbytes, dtype=np.float64) - 0.01), MOST_BYTES).astype(np.int64)
     return -(-whole // np.asarray(page, dtype=np.int64))
 
 
 def capacity_pages(capacity: ArrayLike, page: ArrayLike) -> Pages:
     """Whole pages in a tier of ``capacity`` [B]: rounded down."""
-    return np.floor(np.asarray(capacity, dtype=np.float64)).astype(np.int64) // np.asarray(page, dtype=np.int64)
+    return np.minimum(np.floor(np.asarray(capacity, dtype=np.float64)), MOST_BYTES).astype(np.int64) // np.asarray(page, dtype=np.int64)
 
 
 def fragmentation(nbytes: ArrayLike, page: ArrayLike) -> Array:

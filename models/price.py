@@ -115,8 +115,10 @@ ASSUMED_OPERATION = Operation(
 def access_energy(system: System, traffic: Sequence[float]) -> float:
     """J to access ``traffic`` [B, one per tier]: sum of bytes x energy [J/B]. Static power, links and compute are left out.
 
-    ValueError where a tier that is accessed has no energy.
+    ValueError where a tier that is accessed has no energy, and for another number of tiers.
     """
+    if len(traffic) != len(system.tiers):
+        raise ValueError(f"system {system.name!r} has {len(system.tiers)} tiers, not {len(traffic)}; give bytes of each of them")
     joules = 0.0
     for tier, nbytes in zip(system.tiers, traffic, strict=True):
         if nbytes and tier.energy is None:
@@ -185,7 +187,7 @@ def system_area(system: System | Systems) -> SystemArea:
 
 def mean_power(energy: ArrayLike, latency: ArrayLike) -> Array:
     """W over a step of ``energy`` [J] and ``latency`` [s]: what a limit on power is compared with."""
-    return np.asarray(energy, dtype=np.float64) / np.asarray(latency, dtype=np.float64)
+    return _at_least_0("energy", energy, "J") / _at_least_0("latency", latency, "s")
 
 
 def energy_per_token(energy: StepEnergy, tokens: ArrayLike, utilisation: ArrayLike = 1.0) -> Array:
@@ -193,7 +195,8 @@ def energy_per_token(energy: StepEnergy, tokens: ArrayLike, utilisation: ArrayLi
 
     (moving + static / utilisation) / tokens: a machine that is busy half of its time waits as long as it works.
     """
-    return (energy.moving + energy.static / np.asarray(utilisation, dtype=np.float64)) / np.asarray(tokens, dtype=np.float64)
+    share = _at_least_0("utilisation", utilisation, "share of the time")
+    return (energy.moving + energy.static / share) / _at_least_0("tokens", tokens, "tokens of a step")
 
 
 def usd_per_Mtok(*, cost: ArrayLike, energy_per_token: ArrayLike, tokens_per_second: ArrayLike, operation: Operation) -> Array:
@@ -203,9 +206,9 @@ def usd_per_Mtok(*, cost: ArrayLike, energy_per_token: ArrayLike, tokens_per_sec
 
         1e6 (cost / (years utilisation tokens/s) + J pue USD/kWh / 3.6e6)
     """
-    served = operation.years * YEAR * operation.utilisation * np.asarray(tokens_per_second, dtype=np.float64)
-    electricity = np.asarray(energy_per_token, dtype=np.float64) * operation.pue * operation.usd_per_kWh / kWh
-    return 1e6 * (np.asarray(cost, dtype=np.float64) / served + electricity)
+    served = operation.years * YEAR * operation.utilisation * _at_least_0("tokens_per_second", tokens_per_second, "1/s")
+    electricity = _at_least_0("energy_per_token", energy_per_token, "J") * operation.pue * operation.usd_per_kWh / kWh
+    return 1e6 * (_at_least_0("cost", cost, "USD") / served + electricity)
 
 
 def assumptions(system: System, operation: Operation | None = None) -> tuple[str, ...]:
@@ -246,6 +249,15 @@ _SHOWN = {
     "link": (("energy", 8 * pJ, "pJ/bit"), ("cost", 1.0, "USD")),
 }
 """The fields with a source, and the unit in which they are named."""
+
+
+def _at_least_0(name: str, given: ArrayLike, unit: str) -> Array:
+    """Numbers that may be 0, infinite or unknown (NaN), but not below 0."""
+    values = np.asarray(given, dtype=np.float64)
+    least = values.min(initial=np.inf)  # NaN if there is one
+    if not least >= 0 and (values < 0).any():
+        raise ValueError(f"{name} must be at least 0 [{unit}], not {np.nanmin(values).item()!r}; correct it")
+    return values
 
 
 def _assumed(source: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .checks import check_number, whole
+from .checks import check_number, shown, whole
 from .llm import LLMConfig, Matrix
 from .roofline import Array
 
@@ -37,6 +37,8 @@ class Workload:
     state_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.llm, LLMConfig):
+            raise ValueError(f"workload: llm must be an LLMConfig, not {shown(self.llm)}; take one of presets.LLMS or read a config.json")
         object.__setattr__(self, "batch", whole("workload", "batch", self.batch, "requests"))
         object.__setattr__(self, "context", whole("workload", "context", self.context, "tokens", least=0))
         if self.phase not in ("decode", "prefill"):

@@ -12,7 +12,10 @@ Loading and storing a block takes time in proportion to its bytes, so no plan wi
 T is convex and piecewise linear: its lowest whole m is next to a crossing of two lines. That is the bound, at least that of the linear
 relaxation, as m is whole. A plan of whole blocks may leave some bytes of the GPU empty, which is all that it loses: so the ACT counts on
 the GPU looked at are those near both ends of the range in which it can be full, each with its best count on the host, again next to
-a crossing. Where load times are not in proportion to bytes the bound holds, too, but may be low. Derived here.
+a crossing. What one more ACT block on the GPU leaves empty repeats with the period K / gcd(K, A), so a whole period of counts is looked
+at from each end, ``MOST_ENDS`` of them at most. Within that reach no plan was found to be better (tested against enumeration); with a
+longer period the plan is certified within ``gap`` of the optimum, no more. Where load times are not in proportion to bytes the bound
+holds, too, but may be low. Derived here.
 """
 
 from __future__ import annotations
@@ -36,8 +39,9 @@ AT_ONCE = 1024
 MOST_CLASSES = 3
 """Classes of layers at most: the sum of their maxima is the maximum of 4^C lines."""
 
-ENDS = 7
-"""ACT counts on the GPU looked at from each end of the range in which it can be full; bytes left empty repeat with a short period."""
+ENDS, MOST_ENDS = 7, 64
+"""ACT counts on the GPU looked at from each end of the range in which it can be full: the period in which the bytes left empty repeat,
+within these limits. FP16 keys, values and activations have a period of 2; a period of 64 takes seven times as long."""
 
 ROUNDING = 4e-12
 """By how much of itself the bound is lowered: more than the rounding of the sums behind it, and of the place where they are lowest."""
@@ -75,8 +79,16 @@ def solve_ratios(batch: CacheRatioBatch) -> RatioSolutions:
     """The best plan found for each design, and the bound of the module's docstring; ValueError for more than three classes of layers."""
     if len(batch.layers) > MOST_CLASSES:
         raise ValueError(f"a batch of cache ratios takes {MOST_CLASSES} classes of layers, not {len(batch.layers)}; use LpRatio on each")
-    pieces = [_solved(batch.some(slice(start, start + AT_ONCE))) for start in range(0, len(batch), AT_ONCE)] or [_solved(batch)]
+    reach = np.max(_reach(batch), initial=ENDS)
+    at_once = max(int(AT_ONCE * ENDS // reach), 1)  # arrays of the same size
+    pieces = [_solved(batch.some(slice(start, start + at_once))) for start in range(0, len(batch), at_once)] or [_solved(batch)]
     return RatioSolutions(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in RatioSolutions.__slots__})
+
+
+def _reach(batch: CacheRatioBatch) -> Counts:
+    """ACT counts looked at from each end, [D] or one for all."""
+    kv = np.asarray(batch.kv_block, dtype=np.int64)
+    return np.asarray(np.clip(kv // np.gcd(kv, batch.act_block), ENDS, MOST_ENDS))
 
 
 def _solved(batch: CacheRatioBatch) -> RatioSolutions:
@@ -146,7 +158,9 @@ def _rounded(batch: CacheRatioBatch, n: Any, kv: Any, act: Any, room_gpu: Any, r
     most = np.minimum(n, room_gpu // act)
     low = np.clip(-((kv * (n - acts) - room_gpu) // act), 0, most)
     high = np.minimum(acts, most)
-    reach = np.arange(-1, ENDS)[:, None]
+    ends = _reach(batch)
+    # A design's own reach, repeated at its end where another's is longer: a batch then equals its singles.
+    reach = np.minimum(np.arange(-1, np.max(ends, initial=ENDS))[:, None], ends - 1)
     near = np.concatenate([low + reach, high - reach, np.zeros((1, *most.shape), dtype=np.int64), most[None]])
     near = np.clip(near, 0, most)
     # With h ACT blocks on the host, KV fills the rest of the GPU and ``rest - h`` KV blocks are left to the host.

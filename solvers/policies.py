@@ -6,16 +6,20 @@ if what it decides for one depends on that one alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models.checks import check_number
-from ..models.kernel_mapping import KernelMappingPlan
+from ..models.checks import check_number, whole
+from ..models.clairvoyant import Way
+from ..models.kernel_mapping import KernelMappingPlan, Split
 from ..models.kernel_mapping_tables import KernelMappingTables
-from ..models.serving import PolicyState
+from ..models.roofline import Array
+from ..models.serving import PolicyState, Service
 from .kernel_mapping import PatternMapping, TableMapping
 from .kernel_mapping_heuristics import GreedyMapping, UniformMapping, is_sublayer
 from .result import Solver
@@ -144,3 +148,214 @@ class Hysteresis:
             return optimum
         gain = state.latency(kept) - state.latency(optimum)
         return optimum if gain > 0 and self.horizon * gain > state.transition(optimum).latency else kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookAhead:
+    """The one plan that, moved to now and kept for ``iterations`` (k) iterations, takes the least time, over all plans of two memories:
+
+        min over q  migration(plan in force, q) + sum_(i < k) stage(q; B requests, S + i B tokens)        q fits in all k
+
+    B and S are the batch and the tokens of this iteration. It assumes that nobody ends and nobody arrives meanwhile, and that tokens stop
+    growing at the most that the trace can bring (that of ``state.longest``). It decides anew before each iteration. ``migration`` False:
+    moves are taken for free, so that k = 1 is ``Myopic``.
+
+    The sum is one table of seconds for each kind, so ``TableMapping`` finds the optimum; latencies of links and memories count only in
+    the choice between moving and staying. For other numbers of memories: ``Hysteresis`` with k as its horizon.
+    """
+
+    iterations: int = 32
+    migration: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "iterations", whole("LookAhead", "iterations", self.iterations, "iterations"))
+
+    def decide(self, state: PolicyState, /) -> KernelMappingPlan:
+        """The plan in force, or a better one; ValueError if nothing fits."""
+        window, row = state.window, state.row
+        if len(window.tables.tier_names) != 2:
+            return Hysteresis(horizon=self.iterations if self.migration else math.inf).decide(state)
+        batch, tokens = int(window.batch[row]), int(window.tokens[row])
+        coming = np.minimum(tokens + batch * np.arange(self.iterations), max(tokens, _most_tokens(state)))
+        tables = window.service.tables(np.full(len(coming), batch), coming)
+        stages = tables.two_way()[0].sum(axis=0)
+        before = None if state.previous is None or not self.migration else _on_first(state.previous)
+        seconds = stages if before is None else stages + _moving(window.service, tables, before)
+        found = TableMapping().solve_batch(_of_seconds(tables, seconds))[1][0]
+        if found[0, 0] == NO_PLAN:
+            return Myopic().decide(state)
+        plan = window.plan(found.tolist())
+        if before is None or state.previous is None:
+            return plan
+        kinds, last = np.arange(len(before)), tables.pages[-1]
+        layers = np.array([kind.layers for kind in tables.kinds])
+        after = np.array([kind.slices for kind in tables.kinds]) - before
+        held = np.stack([layers @ last[kinds, 0, before], layers @ last[kinds, 1, after]])
+        gain = float(layers @ (stages[kinds, before] - stages[kinds, found[:, 0]]))
+        stays = bool((held <= tables.capacity[-1]).all()) and gain <= state.transition(plan).latency
+        return state.previous if stays else plan
+
+
+def _most_tokens(state: PolicyState) -> int:
+    """Tokens of the problem that stands for the longest iterations."""
+    workload = state.longest.workload
+    return 0 if workload is None or workload.state_tokens is None else workload.state_tokens
+
+
+def _on_first(plan: KernelMappingPlan) -> NDArray[np.int64]:
+    """Slices [K] on the first tier of a plan that splits all layers of a kind alike."""
+    return np.array([splits[0].counts[0] for splits in plan.splits], dtype=np.int64)
+
+
+def _moving(service: Service, tables: KernelMappingTables, before: NDArray[np.int64]) -> Array:
+    """Seconds [K, N+1] a layer to go from ``before`` [K] slices on the first tier to each number, without latencies, in design 0."""
+    first, second = tables.tier_names
+    rates = (Way.between(service.system, second, first).bandwidth, Way.between(service.system, first, second).bandwidth)
+    pages, kinds, total = tables.two_way(slice(0, 1))[1][0], np.arange(len(before)), np.zeros((1, 1))
+    for tier, rate in enumerate(rates):
+        grown = np.maximum(pages[:, :, tier] - pages[kinds, before, tier][:, None], 0)
+        total = total + grown * (tables.page[0, tier] / rate)
+    return total
+
+
+def _of_seconds(tables: KernelMappingTables, seconds: Array) -> KernelMappingTables:
+    """Tables of one design that takes ``seconds`` [K, N+1] a layer with n slices on the first tier, in the room of the last design."""
+    side = np.stack([seconds, np.where(np.isfinite(seconds), 0.0, np.inf)], axis=1)[None]
+    last: dict[str, NDArray[np.int64]] = {name: getattr(tables, name)[-1:] for name in ("pages", "capacity", "page")}
+    return replace(
+        tables, seconds=side, shared=np.zeros((1, len(seconds), 0, *side.shape[2:])), traffic=tables.traffic[-1:], t_sync=0.0, **last
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortlist:
+    """Of a short list of plans, the one with the least seconds of this iteration + seconds of going there / ``horizon``.
+
+    The optimum changes at few numbers of tokens, so few plans are ever worth having. The list has the optima on a grid made once, before
+    the first iteration: batches 1, 2, 4, ... up to the limit, and ``points`` numbers of tokens for each, evenly spaced up to the most that
+    the trace can bring; the optimum there fits always. Unlike ``Hysteresis`` it may move a part of the way. All data are priced as in this
+    iteration. A horizon of infinity takes the fastest plan of the list. Over two memories; for others it is ``Hysteresis``.
+    """
+
+    horizon: float = 8.0
+    points: int = 256
+    _kept: dict[Hashable, _Listed] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_number("Shortlist", "horizon", self.horizon, "iterations")
+        object.__setattr__(self, "points", whole("Shortlist", "points", self.points, "numbers of tokens", least=2))
+
+    def decide(self, state: PolicyState, /) -> KernelMappingPlan:
+        """A plan of the list, the one in force if none is better; the optimum of the iteration where none of the list fits."""
+        window, row, previous = state.window, state.row, state.previous
+        if len(window.tables.tier_names) != 2:
+            return Hysteresis(horizon=self.horizon).decide(state)
+        listed = self.listed(state)
+        every_second, every_byte = window.once(self, listed.priced)
+        seconds = every_second[row]
+        number = None
+        if previous is not None:
+            nbytes, number = every_byte[row], listed.number(previous)
+            held = listed.bytes_of(previous, window.tables, row) if number is None else nbytes[:, number]
+            seconds = seconds + listed.moving(nbytes, held) / self.horizon
+        best = int(seconds.argmin())
+        if number is not None and seconds[number] <= seconds[best]:
+            best = number
+        return listed.plans[best] if seconds[best] < math.inf else Myopic().decide(state)
+
+    def listed(self, state: PolicyState) -> _Listed:
+        """The list for what is served: made at the first call, then looked up."""
+        service, workload = state.window.service, state.longest.workload
+        batch, most = 1 if workload is None else workload.batch, _most_tokens(state)
+        key = (id(service), batch, most)
+        if key not in self._kept:
+            sizes = sorted({*(2**i for i in range(batch.bit_length())), batch})
+            tokens = np.unique(np.linspace(1, max(most, 1), self.points).round().astype(np.int64))
+            tables = service.tables(np.repeat(sizes, len(tokens)), np.tile(tokens, len(sizes)))
+            found = TableMapping().solve_batch(tables)[1]
+            counts = np.unique(found[found[:, 0, 0] != NO_PLAN], axis=0)
+            self._kept.clear()
+            self._kept[key] = _Listed.of(service, tables, counts)
+        return self._kept[key]
+
+
+class _Listed(NamedTuple):
+    """P plans over two memories, made ready to be priced with few calls of NumPy.
+
+    ``by_identity`` and ``by_value``: the number of each plan. ``places`` [2, P, K]: where a plan's entries stand in one design of tables.
+    ``layers`` [K], ``sync`` [P] s of barriers, ``layer_bytes`` [2, 1, K] of a page a layer, ``room`` [2, 1] B, ``rates`` [2, 1] s/B and
+    ``latencies`` [2, 1] s of the ways up and down. ``service`` is kept so that its id stays its own.
+    """
+
+    service: Service
+    plans: tuple[KernelMappingPlan, ...]
+    by_identity: dict[int, int]
+    by_value: dict[KernelMappingPlan, int]
+    places: NDArray[np.int64]
+    layers: Array
+    sync: Array
+    layer_bytes: NDArray[np.int64]
+    room: NDArray[np.int64]
+    rates: Array
+    latencies: Array
+
+    @classmethod
+    def of(cls, service: Service, tables: KernelMappingTables, counts: NDArray[np.int64]) -> _Listed:
+        """The list of the plans with ``counts`` [P, K, 2] slices."""
+        plans = tuple(
+            KernelMappingPlan(
+                splits=tuple((Split(layers=kind.layers, counts=tuple(split)),) for kind, split in zip(tables.kinds, rows, strict=True))
+            )
+            for rows in counts.tolist()
+        )
+        layers = np.array([kind.layers for kind in tables.kinds])
+        _, kinds, tiers, ends = tables.seconds.shape
+        first, second = tables.tier_names
+        ways = (Way.between(service.system, second, first), Way.between(service.system, first, second))
+        return cls(
+            service=service,
+            plans=plans,
+            by_identity={id(plan): number for number, plan in enumerate(plans)},
+            by_value={plan: number for number, plan in enumerate(plans)},
+            places=np.stack([(np.arange(kinds) * tiers + t) * ends + counts[:, :, t] for t in range(2)]),
+            layers=layers.astype(np.float64),
+            sync=tables.t_sync * ((counts.min(axis=2) > 0) @ layers),
+            layer_bytes=layers * tables.page[0][:, None, None],
+            room=(tables.capacity[0] * tables.page[0])[:, None],
+            rates=np.array([[1 / way.bandwidth] for way in ways]),
+            latencies=np.array([[way.latency] for way in ways]),
+        )
+
+    def number(self, plan: KernelMappingPlan) -> int | None:
+        """The number of a plan; None if it is not listed."""
+        found = self.by_identity.get(id(plan))
+        return self.by_value.get(plan) if found is None else found
+
+    def priced(self, tables: KernelMappingTables) -> tuple[Array, NDArray[np.int64]]:
+        """Seconds [D, P] of all iterations of a window, inf where a plan does not fit; bytes [D, 2, P, K] on each memory."""
+        steps = len(tables.capacity)
+        side = tables.seconds.reshape(steps, -1).take(self.places, axis=1)
+        slowest = np.maximum(side[:, 0], side[:, 1])
+        for lane in range(tables.shared.shape[2]):
+            np.maximum(slowest, tables.shared[:, :, lane].reshape(steps, -1).take(self.places, axis=1).sum(axis=1), out=slowest)
+        seconds: Array = slowest @ self.layers
+        if tables.t_sync:
+            seconds += self.sync
+        nbytes = tables.pages.reshape(steps, -1).take(self.places, axis=1) * self.layer_bytes
+        over = np.add.reduce(nbytes, axis=3) > self.room
+        seconds[over[:, 0] | over[:, 1]] = math.inf
+        return seconds, nbytes
+
+    def moving(self, nbytes: NDArray[np.int64], held: NDArray[np.int64]) -> Array:
+        """Seconds [P] to go to each plan, which hold ``nbytes`` [2, P, K], from one that holds ``held`` [2, K]."""
+        growth = np.add.reduce(np.maximum(nbytes - held[:, None], 0), axis=2)
+        seconds = growth * self.rates + self.latencies * (growth > 0)
+        total: Array = seconds[0] + seconds[1]
+        return total
+
+    def bytes_of(self, plan: KernelMappingPlan, tables: KernelMappingTables, row: int) -> NDArray[np.int64]:
+        """Bytes [2, K] of a plan that is not listed."""
+        first = _on_first(plan)
+        counts = np.stack([first, np.array([kind.slices for kind in tables.kinds]) - first])
+        held: NDArray[np.int64] = tables.pages[row][np.arange(len(first)), [[0], [1]], counts] * self.layer_bytes[:, 0]
+        return held

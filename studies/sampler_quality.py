@@ -183,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     short = summary(frame)
     write_csv(arguments.out, frame)
     title = f"Front found, of {len(grid.scores):,} designs ({frame['seed'].nunique()} seeds)"
-    plot_lines(short, picture, x="trials", y="hypervolume_ratio", by="sampler", title=title, band=("lowest", "highest"))
+    band, band_label = ("lowest", "highest"), "lowest to highest of the seeds"
+    plot_lines(short, picture, x="trials", y="hypervolume_ratio", by="sampler", title=title, band=band, band_label=band_label)
     show(short, title="Hypervolume over that of the exact front: median, lowest and highest of the seeds")
     last = short[short["trials"] == short.groupby("sampler")["trials"].transform("max")]
     top = last.sort_values("hypervolume_ratio", kind="stable").iloc[-1]
@@ -201,10 +202,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _extra(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--points", type=positive, default=18, help="values a parameter; 56 make 1e7 designs (default: %(default)s)")
+    parser.add_argument(
+        "--points", type=positive, default=18, help="values a parameter; 56 make 1e7 designs (default: %(default)s; --quick: 7)"
+    )
     parser.add_argument("--workers", type=positive, default=1, help="processes that price the grid (default: %(default)s)")
-    parser.add_argument("--seeds", type=positive, default=5, help="searches a sampler, from --seed on (default: %(default)s)")
-    parser.add_argument("--samplers", nargs="+", metavar="NAME", help=f"of {', '.join(SAMPLERS)}")
+    parser.add_argument("--seeds", type=positive, default=5, help="searches a sampler, from --seed on (default: %(default)s; --quick: 2)")
+    parser.add_argument(
+        "--samplers", nargs="+", metavar="NAME", help=f"of {', '.join(SAMPLERS)} (default: all but gp, and with --quick all but gp and tpe)"
+    )
 
 
 if __name__ == "__main__":

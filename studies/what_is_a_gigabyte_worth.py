@@ -1,10 +1,13 @@
 """What is one more gigabyte, GB/s or TFLOP/s worth, where does it become worthless, and up to which price does it pay?
 
-For the shipped machines of two memories or more: milliseconds a step that one more unit of each resource saves, by the dual price of the
-linear relaxation (capacities) and by solving again with one more (all). ``worthless_from_GB``: the least capacity from which on more of it
-saves nothing, to the MB. In money: a GB that saves w of a step of T raises the throughput by w / (T - w), and is worth that share of
-what the machine earns in its life, ``--usd-per-hour`` x hours of ``--years``; both are assumptions. ``break_even_USD_per_GB``: the price
-of the fast memory at which 8 GB of it in place of 8 GB of the slow one just pay.
+For the shipped machines of two memories or more: milliseconds a step that one more unit (GB, GB/s or TFLOP/s) of each resource saves, by
+the dual price of the linear relaxation (``dual_ms_per_unit``, capacities) and by solving again with one more
+(``relaxation_difference_ms_per_unit``, ``optimum_difference_ms_per_unit``; all). The optimum moves in whole slices, so that its difference
+jumps between 0 and more than the dual. ``worthless_from_GB``: the least capacity from which on more of it saves nothing, to the MB.
+
+In money: a GB that saves w of a step of T raises the throughput by w / (T - w), and is worth that share of what the machine earns in its
+life, ``--usd-per-hour`` x hours of ``--years``; both are assumptions. ``break_even_USD_per_GB``: the price of the fast memory at which
+8 GB of it in place of 8 GB of the slow one just pay.
 
 Kernel mapping (H2M2, arXiv 2504.14893) where both memories have a chip, the cache ratio (HybridServe, arXiv 2501.01792) where a GPU has
 a host.
@@ -49,7 +52,10 @@ DEAREST = 1e6
 HOURS = 8766.0
 """Hours in a year."""
 
-METHODS = {"dual_ms_per_GB": "dual of the relaxation", "difference_ms_per_GB": "difference of the optimum"}
+STAIRCASE = "difference of the optimum over 1 GB"
+"""Drawn as points: the optimum moves when the next slice fits, so that between two points it may be anything."""
+
+METHODS = {"dual_ms_per_GB": "dual of the relaxation", "difference_ms_per_GB": STAIRCASE}
 """Columns of the picture, and what they are called in it."""
 
 CURVE = (*range(8, 160, 4), 160, 192, 256)
@@ -129,9 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     shape = pd.DataFrame([point(size) for size in curve]).assign(**known)
     write_csv(curve_table, shape, provenance={"system": H2M2_SYSTEM, **known})
-    drawn = shape.melt("HBM_capacity_GB", list(METHODS), var_name="method", value_name="worth_ms").replace({"method": METHODS})
+    drawn = shape.melt("HBM_capacity_GB", list(METHODS), var_name="method", value_name="worth_ms_per_GB").replace({"method": METHODS})
     title = f"{DRAWN.llm} at {DRAWN.batch} x {DRAWN.context} tokens: worth of one more GB of HBM"
-    plot_lines(drawn, picture, x="HBM_capacity_GB", y="worth_ms", by="method", title=title)
+    plot_lines(drawn, picture, x="HBM_capacity_GB", y="worth_ms_per_GB", by="method", title=title, markers_only=[STAIRCASE])
     conclude(frame, arguments.usd_per_hour, arguments.years)
     print(f"Written: {arguments.out}, {curve_table}, {picture}")
     return 0
@@ -140,9 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def money(parser: argparse.ArgumentParser) -> None:
     """Add --usd-per-hour and --years."""
     parser.add_argument(
-        "--usd-per-hour", type=positive_number, default=2.0, help="earned by a machine, an assumption (default: %(default)s)"
+        "--usd-per-hour",
+        type=positive_number,
+        default=2.0,
+        help="USD that a machine earns in an hour, an assumption (default: %(default)s)",
     )
-    parser.add_argument("--years", type=positive_number, default=4.0, help="of a machine's life, an assumption (default: %(default)s)")
+    parser.add_argument(
+        "--years", type=positive_number, default=4.0, help="length of a machine's life, an assumption (default: %(default)s)"
+    )
 
 
 def positive_number(text: str) -> float:
@@ -171,9 +182,9 @@ def priced(case: Case, earned: float) -> list[dict[str, Any]]:
         tier = resource.removesuffix(" capacity") if resource.endswith(" capacity") else ""
         rows.append(
             known
-            | {"resource": resource, "now": worths[0].now, "unit": worths[0].unit, "dual_ms": of(worths, "dual", "relaxation")}
-            | {"relaxation_difference_ms": of(worths, "difference", "relaxation")}
-            | {"optimum_difference_ms": of(worths, "difference", "optimum")}
+            | {"resource": resource, "now": worths[0].now, "unit": worths[0].unit, "dual_ms_per_unit": of(worths, "dual", "relaxation")}
+            | {"relaxation_difference_ms_per_unit": of(worths, "difference", "relaxation")}
+            | {"optimum_difference_ms_per_unit": of(worths, "difference", "optimum")}
             | {"step_saved_share": saved * ms / found.result.objective, "worth_USD": value_of(saved * ms, found, earned)}
             | {"price_USD_per_GB": price_of(system, tier), "worthless_from_GB": kinks.get(tier)}
             | {"break_even_USD_per_GB": price if tier == system.tier_names[0] else None}
@@ -249,26 +260,25 @@ def point(size: float) -> dict[str, Any]:
 def conclude(frame: pd.DataFrame, usd_per_hour: float, years: float) -> None:
     """The tables and what they mean."""
     saving = frame[frame["step_saved_share"] > 0]
-    capacities = frame[frame["worthless_from_GB"].notna() | (frame["dual_ms"] > 0)]
+    capacities = frame[frame["worthless_from_GB"].notna() | (frame["dual_ms_per_unit"] > 0)]
     case = ["system", "llm", "batch", "context_tokens"]
-    shown = [*case, "latency_ms", "resource", "now", "dual_ms", "relaxation_difference_ms", "optimum_difference_ms"]
+    worths = ["relaxation_difference_ms_per_unit", "optimum_difference_ms_per_unit"]
+    shown = [*case, "latency_ms", "resource", "now", "dual_ms_per_unit", *worths]
     show(capacities[[*shown, "worthless_from_GB", "worth_USD", "break_even_USD_per_GB"]], title="One more GB, ms a step", rows=60)
-    show(
-        saving[saving["unit"] != "GB"][
-            [*case, "resource", "now", "unit", "relaxation_difference_ms", "optimum_difference_ms", "worth_USD"]
-        ],
-        title="One more GB/s or TFLOP/s",
-    )
+    show(saving[saving["unit"] != "GB"][[*case, "resource", "now", "unit", *worths, "worth_USD"]], title="One more GB/s or TFLOP/s")
     for row in frame[frame["resource"] == ""].itertuples():
         print(f"{row.system}, {row.llm}, batch {row.batch}, context {row.context_tokens}: {row.reason}")
-    both = frame[frame["dual_ms"] > 0]
+    both = frame[frame["dual_ms_per_unit"] > 0]
     if len(both):
-        apart = (both["relaxation_difference_ms"] / both["dual_ms"] - 1).abs().max()
+        apart = (both["relaxation_difference_ms_per_unit"] / both["dual_ms_per_unit"] - 1).abs().max()
         print(f"\nDual and difference of the same linear relaxation are at most {apart:.2%} apart where a GB is worth something.")
-    steps = both.dropna(subset=["optimum_difference_ms"])
+    steps = both.dropna(subset=["optimum_difference_ms_per_unit"])
     if len(steps):
-        low, high = ((steps["optimum_difference_ms"] / steps["dual_ms"]).agg(name) for name in ("min", "max"))
-        print(f"The optimum moves in whole slices: its difference over 1 GB is {low:.2f} to {high:.2f} times the dual.")
+        low, high = ((steps["optimum_difference_ms_per_unit"] / steps["dual_ms_per_unit"]).agg(name) for name in ("min", "max"))
+        print(
+            f"The optimum moves in whole slices: at the {len(steps)} capacities of this table where a GB is worth something, its "
+            f"difference over 1 GB is {low:.2f} to {high:.2f} times the dual; at others it may be 0, until the next slice fits, or more."
+        )
     worthless = frame[(frame["unit"] == "GB") & (frame["worthless_from_GB"] <= frame["now"])]
     known = frame["worthless_from_GB"].notna().sum()
     print(f"{len(worthless)} of {known} memories, of those whose kink was looked for, already hold all that pays: more is worth nothing.")

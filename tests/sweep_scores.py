@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,9 @@ class Machine:
             (folder / f"harm{done}").write_text(json.dumps(kept))
             if self.harm == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.harm == "kill the server":  # which has started this process
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(60)
             raise RuntimeError("no such machine")
 
 

@@ -1,6 +1,7 @@
 """Break-even points: exact on whole numbers, as narrow as asked on real ones, and honest about what was not looked at."""
 
 import math
+from decimal import Decimal
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,11 @@ from memsplit.models import DATASHEET, CacheRatioProblem, KernelMappingProblem, 
 from memsplit.models.presets import H2M2_SYSTEM, LLAMA2_70B, LPDDR_ONLY_SYSTEM, OPT_30B, RTX4090_SYSTEM
 from memsplit.models.units import GB
 from memsplit.solvers import LpRatio, SingleFormRatio, SingleTierMapping, TableMapping
+
+
+def two_lines(_):
+    raise ValueError("one\ntwo.")
+
 
 scores = st.lists(st.sampled_from([None, 0.0, 1.0, 2.0]), min_size=2, max_size=40)
 
@@ -68,6 +74,38 @@ def test_a_flip_at_zero_ends_by_the_range():
     (flip,) = break_even(lambda x: float(x > 0), lambda x: 0.5, -1.0, 2.0).flips
     assert flip.last <= 0 < flip.first
     assert flip.first - flip.last <= 3e-6 * 1e-9 + 1e-15
+
+
+@pytest.mark.parametrize("high", [1e3, 1e12])
+def test_a_logarithmic_flip_is_as_narrow_as_the_text_says_whatever_the_range(high):
+    """A floor of a millionth of the range would leave a flip at 1.2 uncertain by thousands."""
+    (flip,) = break_even(lambda x: x, lambda x: 1.2345678, 1.0, high, logarithmic=True, equal=0).flips
+    assert flip.last <= 1.2345678 <= flip.first
+    assert flip.first - flip.last <= 1e-9 * flip.first
+
+
+@given(at=st.integers(1, 15), share=st.floats(0.0, 0.2), tolerance=st.sampled_from([1e-3, 1e-9]))
+@settings(max_examples=60)
+def test_a_tie_narrower_than_the_tolerance_is_one_flip_at_a_point_of_the_grid_as_elsewhere(at, share, tolerance):
+    """Equal on ``share`` of the tolerance around grid point ``at`` of 0 to 16."""
+    half = share * tolerance * at / 2
+
+    def first(x):
+        return 1.0 if abs(x - at) <= half else 0.0 if x < at else 2.0
+
+    (flip,) = break_even(first, lambda x: 1.0, 0.0, 16.0, tolerance=tolerance).flips
+    assert (flip.before, flip.after) == ("first", "second")
+    assert flip.last <= at <= flip.first
+    assert flip.first - flip.last <= tolerance * flip.first
+
+
+def test_a_wide_tie_and_one_that_is_only_touched_stay_two_flips():
+    """And whole numbers have no tolerance."""
+    wide = break_even(lambda x: 1.0 if abs(x - 8) <= 1e-6 else 0.0 if x < 8 else 2.0, lambda x: 1.0, 0.0, 16.0)
+    assert [(flip.before, flip.after) for flip in wide.flips] == [("first", "equal"), ("equal", "second")]
+    touched = break_even(lambda x: abs(x - 8), lambda x: 0.0, 0.0, 16.0, equal=0)
+    assert [(flip.before, flip.after) for flip in touched.flips] == [("second", "equal"), ("equal", "second")]
+    assert len(break_even(float, lambda x: 8.0, 0, 16, whole=True).flips) == 2
 
 
 def test_several_flips_are_all_returned_where_the_grid_shows_them():
@@ -165,6 +203,29 @@ def test_the_hbm_at_which_two_memories_beat_lpddr_alone():
         ({"names": ("", "b")}, "two texts"),
         ({"first": lambda x: math.nan}, "'first' must score a number, or None where nothing fits, not nan as at 1.0"),
         ({"second": lambda x: "3 ms"}, "'second' must score a number"),
+        ({"second": lambda x: 10**400}, "'second' must score a number"),
+        ({"first": lambda x: 1 / 0}, "'first' cannot score 1.0, ZeroDivisionError: .*division by zero; return None"),
+        ({"first": two_lines}, "'first' cannot score 1.0, ValueError: one two; return None where nothing fits"),
+        ({"first": 3.0}, "'first' must be a function"),
+        ({"low": "a"}, "both finite numbers, not 'a'"),
+        ({"low": None}, "both finite numbers, not None"),
+        ({"low": Decimal(1)}, "both finite numbers, not Decimal"),
+        ({"low": True}, "both finite numbers, not True"),
+        ({"high": 10**400}, "both finite numbers"),
+        ({"points": "a"}, "at least 2 and at most 1,000,000, not 'a'"),
+        ({"points": None}, "at most 1,000,000, not None"),
+        ({"points": math.inf}, "at most 1,000,000, not inf"),
+        ({"points": math.nan}, "at most 1,000,000, not nan"),
+        ({"points": 1e8}, "at most 1,000,000, not 1"),
+        ({"points": 2.5}, "whole number"),
+        ({"tolerance": "a"}, "tolerance must be above 0"),
+        ({"equal": None}, "tolerance must be above 0"),
+        ({"names": 3}, "two texts"),
+        ({"names": ("a", 3)}, "two texts"),
+        ({"names": "ab"}, "two texts"),
+        ({"low": 1e-300, "high": 1e300, "logarithmic": True}, "the ratio of low and high, 1e-300 and 1e.300, is beyond"),
+        ({"low": -1e308, "high": 1e308}, "the difference of low and high, -1e.308 and 1e.308, is beyond"),
+        ({"low": -1e308, "high": 1e308, "whole": True}, "the difference of low and high"),
     ],
 )
 def test_bad_input_is_one_sentence(changes, sentence):

@@ -96,6 +96,13 @@ def test_a_bad_config_is_one_sentence(capsys, tmp_path, change, named):
         ["explain", "no_such_table.csv"],
         ["explain", "--llm", "no-such-llm"],
         ["explain", "--step", "0"],
+        ["explain", "table.csv", "--system", "h2m2", "--batch", "8"],
+        ["explain", "table.csv", "--batch", "32"],
+        ["explain", "table.csv", "--kv-b", "16"],
+        ["explain", "table.csv", "--problem", "cache_ratio"],
+        ["explain", "--row", "0"],
+        ["plan", "--out", ""],
+        ["study", "what_is_a_gigabyte_worth", "--quick", "--out", ""],
         ["explain", "--system", "hbm_8", "--llm", "opt-13b", "--problem", "cache_ratio"],
         ["explain", "--out", "/nowhere/why.csv"],
         ["study", "hardware_pareto", "--system", "h2m2_cxl"],
@@ -111,12 +118,46 @@ def test_other_bad_input_is_one_sentence(capsys, tmp_path, monkeypatch, argument
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["--system", "--batch", "--kv-bits", "--problem"])
+def test_an_option_beside_a_table_is_refused_by_its_name_even_at_its_default(capsys, option):
+    default = {"--system": "h2m2", "--batch": "32", "--kv-bits": "8", "--problem": "kernel_mapping"}[option]
+    code, _, error = run(capsys, "explain", "table.csv", "--row", 1, "--step", 2, option, default)
+    assert (code, f"explain: {option} has no effect" in error, "leave out it or the table" in error) == (2, True, True)
+
+
+@pytest.mark.parametrize(("same", "code"), [([True, True], 0), ([True, False], 1), (None, 0)])
+def test_a_row_that_is_not_the_same_again_is_exit_code_1(capsys, monkeypatch, same, code):
+    frame = pd.DataFrame({"column": ["latency_s", "memory_usd"], "written": [1.0, 2.0], "again": [1.0, 2.5]})
+    monkeypatch.setattr("memsplit.dse.cli.rerun", lambda path, row: frame if same is None else frame.assign(same=same))
+    found, out, _ = run(capsys, "rerun", "table.csv")
+    assert found == code
+    assert ("Not the same again: memory_usd;" in out) == (code == 1)
+
+
+def test_a_message_of_several_lines_is_printed_as_one(capsys, monkeypatch):
+    def fails(*_):
+        raise ValueError("first\n  second")
+
+    monkeypatch.setattr("memsplit.dse.cli.rerun", fails)
+    assert run(capsys, "rerun", "table.csv") == (2, "", "memsplit: first second\n")
+
+
+@pytest.mark.parametrize("name", ["what_is_a_gigabyte_worth", "sampler_quality"])
+def test_a_study_says_how_it_is_called_and_what_its_options_mean(capsys, name):
+    with pytest.raises(SystemExit) as stop:
+        main(["study", name, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert out.startswith(f"usage: memsplit study {name} [-h]")
+    assert out.count("(default:") >= 4  # the number itself may stand on the next line
+
+
 def test_a_row_of_a_front_is_priced_again_from_its_files(capsys, tmp_path):
     table = tmp_path / "pareto.csv"
     assert run(capsys, "study", "hardware_pareto", "--quick", "--out", table)[0] == 0
     code, out, _ = run(capsys, "rerun", table, "--row", 1)
     assert code == 0
-    written, again = next(line.split()[1:] for line in out.splitlines() if line.split()[:1] == ["latency_s"])
+    written, again = next(line.split()[1:3] for line in out.splitlines() if line.split()[:1] == ["latency_s"])
     assert written == again
     code, _, error = run(capsys, "rerun", table, "--row", 10_000)
     assert (code, "no row 10000" in error) == (2, True)

@@ -19,6 +19,7 @@ from memsplit.models.estimate import (
     StepModel,
     StepProfile,
     tensor_parallel,
+    tensor_parallel_all,
 )
 from memsplit.models.presets import (
     DEEPSEEK_V3,
@@ -232,11 +233,11 @@ def test_a_batch_equals_its_singles_bit_for_bit(case, designs):
     )
     batch, context = rng.integers(1, 300, designs), rng.integers(1, 9000, designs)
     model = StepModel.build(llm, phase=phase, profile=profile)
-    whole = model.estimate(StepMachines.build(systems, tier="HBM"), batch, context)
+    whole = model.estimate(StepMachines.build(systems, tier="HBM"), batch, context, compare=True)
     for i in {0, designs // 2, designs - 2, designs - 1, *rng.integers(0, designs, 20).tolist()}:
         if i < 0:
             continue
-        one = model.estimate(StepMachines.build([systems[i]], tier="HBM"), int(batch[i]), int(context[i]))
+        one = model.estimate(StepMachines.build([systems[i]], tier="HBM"), int(batch[i]), int(context[i]), compare=True)
         for field in dataclasses.fields(StepEstimate):
             assert getattr(one, field.name)[0] == getattr(whole, field.name)[i], field.name
 
@@ -317,9 +318,9 @@ def test_lm_head_reads_and_holds_what_it_needs():
 def test_devices_are_one_machine_with_everything_added_up():
     """A number of devices a design gives the bits of ``tensor_parallel``."""
     model = StepModel.build(LLAMA2_70B, **BITS)
-    together = model.estimate(StepMachines.build([gpu()], devices=[1, 2, 3, 8]), 16, 2048)
+    together = model.estimate(StepMachines.build([gpu()], devices=[1, 2, 3, 8]), 16, 2048, compare=True)
     for i, devices in enumerate((1, 2, 3, 8)):
-        one = model.estimate(StepMachines.build([tensor_parallel(gpu(), devices)]), 16, 2048)
+        one = model.estimate(StepMachines.build([tensor_parallel(gpu(), devices)]), 16, 2048, compare=True)
         for field in dataclasses.fields(StepEstimate):
             assert getattr(one, field.name)[0] == getattr(together, field.name)[i], field.name
     assert together.fits.tolist() == [False, True, True, True]
@@ -374,3 +375,13 @@ def test_the_tier_must_be_named_among_several_and_have_a_unit():
         StepMachines.build([streamed], tier="LPDDR")
     with pytest.raises(ValueError, match="devices must be a whole number of machines, at least 1"):
         tensor_parallel(gpu(), 0)
+
+
+def test_many_machines_of_many_devices_are_each_machine_of_its_devices():
+    """All that adds up, by the number of each design, also where no other column varies it."""
+    varied = Systems.from_columns(H2M2_SYSTEM, {"HBM_capacity_GB": [10.0, 20.0, 30.0]})
+    for systems, devices in ((varied, [1, 3, 7]), (varied, 3), (Systems.of([H2M2_SYSTEM]), [1, 2, 5]), (varied, 1)):
+        together = tensor_parallel_all(systems, devices)
+        for i, number in enumerate(np.broadcast_to(devices, 3)):
+            single = tensor_parallel(systems[min(i, len(systems) - 1)], int(number))
+            assert dataclasses.replace(together[min(i, len(together) - 1)], name="x") == dataclasses.replace(single, name="x")

@@ -2,7 +2,8 @@
 
 import math
 import pickle
-from dataclasses import FrozenInstanceError, replace
+import sys
+from dataclasses import FrozenInstanceError, dataclass, field, replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import mapping_problems
 
 from memsplit.dse._problem_kinds import kind_of, resources
-from memsplit.dse.explain import explain
+from memsplit.dse.explain import LEVER_GAP, LEVER_SECONDS, explain
 from memsplit.models import (
     FLEXGEN_T4,
     CacheRatioProblem,
@@ -25,7 +26,7 @@ from memsplit.models import (
 )
 from memsplit.models.presets import A100_SYSTEM, GPT3_175B, H2M2_CXL_SYSTEM, H2M2_SYSTEM, LLAMA2_70B, OPT_30B
 from memsplit.models.units import GB, TB, TFLOPS, ms
-from memsplit.solvers import ClosedFormSplit, GreedyMapping, LpRatio, TableMapping
+from memsplit.solvers import ClosedFormSplit, GreedyMapping, LpRatio, PatternMapping, SolverResult, Status, TableMapping
 
 OPT = Workload(llm=OPT_30B, batch=512, context=1024, weight_bits=16, kv_bits=16, activation_bits=16)
 LLAMA = Workload(llm=LLAMA2_70B, batch=128, context=4096)
@@ -228,6 +229,49 @@ def test_each_lever_alone_makes_it_fit_and_a_little_less_does_not(problem, solve
                 assert latency(workload=replace(problem.workload, **{field: lever.needed + 1})) is None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noted:
+    """A pattern solver that notes with which settings it was asked."""
+
+    relative_gap: float = 1e-4
+    time_limit: float | None = None
+    asked: list[tuple[float, float | None]] = field(default_factory=list)
+    only_infeasible: bool = False
+
+    def solve(self, problem, /):
+        self.asked.append((self.relative_gap, self.time_limit))
+        if self.only_infeasible and len(self.asked) > 1:
+            return SolverResult(solver="Noted", status=Status.UNKNOWN, message="out of time")
+        return PatternMapping(relative_gap=self.relative_gap, time_limit=self.time_limit).solve(problem)
+
+
+def test_levers_of_three_memories_are_verified_by_quick_solves():
+    """A second and a per cent for each; the plans that they find are no better than the bound and at most that much worse."""
+    problem = mapping(replace(LLAMA, batch=640, context=16384), H2M2_CXL_SYSTEM, grouped=False)
+    noted = Noted()
+    found, kind = explain(problem, solver=noted), kind_of(problem)
+    assert noted.asked[0] == (1e-4, None)
+    assert all(gap == LEVER_GAP and limit <= LEVER_SECONDS for gap, limit in noted.asked[1:])
+    assert {"HBM capacity", "batch", "kv bits"} <= {lever.name for lever in found.levers} | set(found.unverified)
+    for lever in found.levers:
+        if lever.name == "batch":
+            bound = kind.relaxed(kind.rebuilt(problem, problem.system, replace(problem.workload, batch=int(lever.needed)))).bound
+            assert bound * (1 - 1e-9) <= lever.latency <= bound * (1 + 2 * LEVER_GAP)
+
+
+def test_levers_for_which_the_time_is_too_short_are_named(monkeypatch):
+    problem = mapping(replace(LLAMA, batch=640, context=16384), H2M2_CXL_SYSTEM, grouped=False)
+    found = explain(problem, solver=Noted(only_infeasible=True))
+    assert found.levers == ()
+    assert {"HBM capacity", "batch", "kv bits"} <= set(found.unverified)
+    assert "No plan was found within 5 s, and none is ruled out, with another: HBM capacity," in str(found)
+    assert "No single change" not in str(found)
+    noted = Noted()
+    monkeypatch.setattr(sys.modules[explain.__module__], "SECONDS", -1.0)  # memsplit.dse.explain is the function
+    assert set(found.unverified) <= set(explain(problem, solver=noted).unverified)
+    assert len(noted.asked) == 1, "no solve once the time is over"
+
+
 def test_levers_that_cannot_help_are_not_listed():
     """174 GB of weights do not fit into 106 GB at any batch or context; a GPU that is too small is not helped by its host."""
     alone = {lever.name for lever in explain(INFEASIBLE["weights alone"][0]).levers}
@@ -289,6 +333,11 @@ def coefficients():
     [
         (coefficients(), {}, "built from a System and a Workload"),
         (mapping(), {"step": 0}, "step must be above 0"),
+        (mapping(), {"plan": "x"}, "plan must be a KernelMappingPlan, not 'x'; leave it out"),
+        (mapping(), {"plan": LpRatio()}, "plan must be a KernelMappingPlan, not LpRatio"),
+        (mapping(), {"plan": TableMapping().solve(mapping())}, "not SolverResult.*; hand over its .plan"),
+        (mapping(), {"solver": "x"}, r"solver must be one of memsplit.solvers, as in solver=TableMapping\(\), not 'x'"),
+        (mapping(), {"solver": TableMapping}, "solver must be one of memsplit.solvers"),
         (mapping(), {"step": float("nan")}, "step must be above 0"),
         (PlacementProblem.build(OPT_30B, prompt=512, generated=32, profile=FLEXGEN_T4), {}, "not a PlacementProblem"),
         (
@@ -297,7 +346,18 @@ def coefficients():
             "cannot build this CacheRatioProblem again",
         ),
     ],
-    ids=["coefficients", "no step", "NaN", "placement", "contexts"],
+    ids=[
+        "coefficients",
+        "no step",
+        "a text as plan",
+        "a solver as plan",
+        "a result as plan",
+        "a text",
+        "a class",
+        "NaN",
+        "placement",
+        "contexts",
+    ],
 )
 def test_bad_input_is_one_sentence(problem, settings, sentence):
     with pytest.raises(ValueError, match=sentence) as refusal:

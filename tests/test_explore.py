@@ -1,6 +1,7 @@
 """The search loop: what is asked, told, kept and refused, on a design space whose front is known."""
 
 import copy
+import math
 import time
 
 import optuna
@@ -9,6 +10,7 @@ import pytest
 from optuna.samplers import GridSampler, RandomSampler
 
 from memsplit.dse import Constraint, Objective, explore, non_dominated
+from memsplit.dse.samplers import NSGA2
 
 TIME, MONEY = Objective("latency_s"), Objective("memory_usd")
 
@@ -138,10 +140,18 @@ def test_a_violation_is_the_excess_relative_to_the_limit(value, violation):
     assert Constraint("margin_W", at_least=0).violation(-value) == value
 
 
-@pytest.mark.parametrize("limits", [{}, {"at_most": float("nan")}, {"at_least": float("inf")}, {"at_most": 1, "at_least": 2}])
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"at_most": float("nan")}, {"at_least": float("inf")}, {"at_most": 1, "at_least": 2}, {"at_most": "x"}, {"at_most": 10**400}],
+)
 def test_a_constraint_without_sensible_limits_is_refused(limits):
     with pytest.raises(ValueError, match="constraint 'power_W'"):
         Constraint("power_W", **limits)
+
+
+def test_a_constraint_needs_the_name_of_a_column():
+    with pytest.raises(ValueError, match="a constraint needs the name of a column, not 3"):
+        Constraint(3, at_most=1)
 
 
 def test_if_nothing_fits_the_frame_is_empty_with_all_columns():
@@ -219,9 +229,24 @@ def test_optuna_is_silent_and_the_users_verbosity_comes_back(capfd):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"trials": 0}, "trials must be at least 1, not 0"),
-        ({"population": 0}, "population must be at least 1"),
-        ({"timeout": 0}, "timeout must be above 0 s"),
+        *(
+            ({"trials": bad}, "trials must be a whole number of designs, at least 1 .*, not")
+            for bad in (0, math.nan, math.inf, 2.5, "5", True)
+        ),
+        *(({"population": bad}, "population must be a whole number of designs, at least 1") for bad in (0, 1.5, "x")),
+        *(({"timeout": bad}, "timeout must be a number above 0 .s; None sets no limit., not") for bad in (0, "x", math.nan)),
+        *(({"seed": bad}, "seed must be a whole number from 0 to") for bad in (-1, 1.5, 2**32, "0")),
+        *(({"sampler": bad}, "sampler must be a value such as NSGA2") for bad in ("NSGA2", NSGA2, 3)),
+        ({"objectives": "f"}, r"objectives must be a list of Objective, as in .*, not 'f'"),
+        ({"objectives": TIME}, "objectives must be a list of Objective"),
+        ({"objectives": ["latency_s"]}, "objectives must hold Objective only, .*, not 'latency_s'"),
+        ({"constraints": [3]}, "constraints must hold Constraint only, .*, not 3"),
+        ({"constraints": Constraint("power_W", at_most=1)}, "constraints must be a list of Constraint"),
+        ({"settings": 3}, "settings must be a dict with texts as keys"),
+        ({"design": 3}, "design must be a function of Optuna's trial, not 3"),
+        ({"score": 3}, "score must be a function of a design, not 3"),
+        ({"batch_score": 3}, "batch_score must be a function of a list of designs, not 3"),
+        ({"score": lambda machine: {"latency_s": 10**400}}, "finite number as 'latency_s', not 1000"),
         ({"objectives": []}, "no objective"),
         ({"objectives": [TIME, TIME]}, "'latency_s' is named twice"),
         ({"score": None}, "nothing prices the designs"),

@@ -28,6 +28,19 @@ def check_same(frame: pd.DataFrame, other: pd.DataFrame) -> None:
         assert frame.attrs[name] == other.attrs[name]
 
 
+class Acting:
+    """A score told by its settings, of which it has none: what it does beside is no part of it."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def settings(self):
+        return {}
+
+    def __call__(self, machine):
+        return self.act(machine)
+
+
 @pytest.mark.parametrize(
     ("kind", "sampler"),
     [*(("journal", sampler) for sampler in (NSGA2(), NSGA3(seed=5), TPE(), QMC(), RandomSearch())), ("sqlite", NSGA2())],
@@ -67,8 +80,8 @@ def test_an_interruption_within_a_generation_loses_nothing_that_is_finished(tmp_
             raise KeyboardInterrupt
         return whole(machine)
 
-    assert run(tmp_path / "trials.log", score=stop_at_the_thirtieth).attrs["interrupted"]
-    check_same(run(tmp_path / "trials.log", score=whole), run())
+    assert run(tmp_path / "trials.log", score=Acting(stop_at_the_thirtieth)).attrs["interrupted"]
+    check_same(run(tmp_path / "trials.log", score=Acting(whole)), run())
     assert begun(log) == 40
 
 
@@ -152,8 +165,8 @@ def test_a_line_torn_while_others_have_the_journal_open_is_cut_before_the_next(t
         torn.append(machine)
         return score(machine)
 
-    check_same(run(storage, score=tear), run())
-    check_same(run(storage), run())
+    check_same(run(storage, score=Acting(tear)), run())
+    check_same(run(storage, score=Acting(score)), run())
 
 
 def check_shared(folder: Path, storage: object, *, kill_one: bool, trials: int = 40) -> None:
@@ -172,7 +185,7 @@ def check_shared(folder: Path, storage: object, *, kill_one: bool, trials: int =
     frames = [pd.read_csv(folder / f"{number}.csv") for number in range(int(kill_one), 3)]
     for frame in frames[1:]:
         pd.testing.assert_frame_equal(frame, frames[0])
-    again = run(storage, synchronous=False, trials=trials)
+    again = run(storage, synchronous=False, trials=trials, score=LoggedScore(folder / "log"))
     assert again.attrs["finished"] == trials
     assert len(again) + again.attrs["infeasible"] == trials
     assert again["trial"].is_unique
@@ -192,7 +205,7 @@ def test_processes_that_share_a_journal_finish_each_design_once(tmp_path: Path, 
 
 
 def test_one_process_with_workers_shares_too(tmp_path: Path):
-    frame = run(tmp_path / "trials.log", synchronous=False, workers=2)
+    frame = run(tmp_path / "trials.log", synchronous=False, workers=2, score=None, batch_score=batch_score)
     assert (frame.attrs["finished"], frame["trial"].is_unique) == (40, True)
     assert frame["seed"].isna().all(), "the seed alone does not make these rows"
     more = run(tmp_path / "trials.log", 50, synchronous=False, score=None, batch_score=batch_score)
@@ -213,11 +226,11 @@ def test_who_was_taken_for_dead_and_comes_back_counts_nothing_twice(tmp_path: Pa
             priced.append("first")
             signs = journal(storage).get_study_user_attrs(0)
             assert any(name.startswith("memsplit:worker:") for name in signs)
-            other = run(storage, 10, synchronous=False, patience=0.01)
+            other = run(storage, 10, synchronous=False, patience=0.01, score=Acting(score))
             assert other.attrs["finished"] == 10
         return score(machine)
 
-    frame = run(storage, 10, synchronous=False, patience=600, score=slow)
+    frame = run(storage, 10, synchronous=False, patience=600, score=Acting(slow))
     assert frame.attrs["finished"] == 10
     assert 0 not in frame["trial"].tolist(), "trial 0 was given up by the other search"
 
@@ -300,10 +313,9 @@ def test_a_grpc_proxy_keeps_a_search(tmp_path: Path):
         ({"seed": 1}, "was made with sampler .*'seed': 0.*, not .*'seed': 1"),
         ({"sampler": QMC()}, "'nsga2'.*, not .*'qmc'"),
         ({"population": 13}, "was made with population 12, not 13"),
-        (
-            {"design": lambda trial: (trial.suggest_float("speed", 1, 16), "hbm")},
-            r"trial 0 .* has the parameters \['memory'.*, not \['speed'\]",
-        ),
+        ({"design": lambda trial: (trial.suggest_float("speed", 1, 16), "hbm")}, "was made with another design than this"),
+        ({"score": lambda machine: score(machine)}, "was made with another score than this"),
+        ({"score": None, "batch_score": batch_score}, "was made with another score than this"),
     ],
 )
 def test_a_name_belongs_to_one_search(tmp_path: Path, changed: dict, sentence: str):
@@ -318,8 +330,10 @@ def test_a_name_belongs_to_one_search(tmp_path: Path, changed: dict, sentence: s
 
 def test_an_asynchronous_search_refuses_a_name_of_others_too(tmp_path: Path):
     run(tmp_path / "trials.log", 13, synchronous=False)
-    with pytest.raises(ValueError, match="of which design\\(\\) makes nothing"):
+    with pytest.raises(ValueError, match="was made with another design than this"):
         run(tmp_path / "trials.log", 14, synchronous=False, design=lambda trial: (trial.suggest_float("speed", 1, 16), "hbm"))
+    with pytest.raises(ValueError, match="was made with another score than this"):
+        run(tmp_path / "trials.log", 14, synchronous=False, score=lambda machine: score(machine))
     with pytest.raises(ValueError, match="was made with mode 'asynchronous', not 'synchronous'"):
         run(tmp_path / "trials.log", 14)
     optuna.create_study(study_name="foreign", storage=journal(tmp_path / "trials.log"), directions=["minimize"] * 3)
@@ -359,14 +373,6 @@ def test_a_silent_proxy_is_given_up(monkeypatch: pytest.MonkeyPatch):
         run("grpc://127.0.0.1:1")
 
 
-@pytest.mark.parametrize("text", ["trial,latency_s\n0,1", "{}", "x"])
-def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path, text: str):
-    (tmp_path / "pareto.csv").write_text(text)
-    with pytest.raises(ValueError, match="it is no journal of Optuna"):
-        run(tmp_path / "pareto.csv")
-    assert (tmp_path / "pareto.csv").read_text() == text
-
-
 def test_a_full_disk_is_said_in_one_sentence_and_costs_only_what_was_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     storage, log = tmp_path / "trials.log", tmp_path / "log"
     append = optuna.storages.journal.JournalFileBackend.append_logs
@@ -389,8 +395,11 @@ def test_a_full_disk_is_said_in_one_sentence_and_costs_only_what_was_not_written
     [
         ({"storage": "trials.log", "name": None}, "belong together"),
         ({"name": "memories"}, "belong together"),
-        ({"workers": 0}, "workers must be at least 1"),
-        ({"patience": 0}, "patience must be above 0 s"),
+        ({"workers": 0}, "workers must be a whole number of processes, at least 1 .*, not 0"),
+        ({"workers": 1.5}, "workers must be a whole number of processes, at least 1 .*, not 1.5"),
+        ({"patience": 0}, r"patience must be a number above 0 \[s\], not 0"),
+        ({"patience": "x"}, r"patience must be a number above 0 \[s\], not 'x'"),
+        ({"storage": "trials.log", "name": 3}, "a study needs a name, a text that is not empty, not 3"),
         ({"workers": 2, "score": lambda machine: None}, "score cannot be sent to worker processes .*; define it at the top of a module"),
     ],
 )
@@ -400,7 +409,70 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict, sentence: 
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("value", [{1, 2}, object()], ids=["set", "object"])
-def test_a_score_that_a_storage_cannot_hold_is_refused(tmp_path: Path, value: object):
-    with pytest.raises(ValueError, match="a storage holds numbers, texts and lists only"):
-        run(tmp_path / "trials.log", score=lambda machine: {"latency_s": 1.0, "memory_usd": 1.0, "what": value})
+class Untold:
+    """A design function that only its class tells from others."""
+
+    def __init__(self, parameter):
+        self.parameter = parameter
+
+    def __call__(self, trial):
+        return trial.suggest_float(self.parameter, 1, 16), "hbm"
+
+
+def test_a_design_that_nothing_tells_from_others_is_told_by_its_parameters(tmp_path: Path):
+    run(tmp_path / "trials.log", 13, design=Untold("bandwidth_GBps"))
+    with pytest.raises(ValueError, match=r"trial 0 .* has the parameters \['bandwidth_GBps'\], not \['speed'\]"):
+        run(tmp_path / "trials.log", 13, design=Untold("speed"))
+    run(tmp_path / "shared.log", 13, synchronous=False, design=Untold("bandwidth_GBps"))
+    with pytest.raises(ValueError, match="of which design\\(\\) makes nothing"):
+        run(tmp_path / "shared.log", 14, synchronous=False, design=Untold("speed"))
+
+
+def test_a_study_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run(tmp_path / "trials.log", 13)
+    monkeypatch.setattr(sys.modules["memsplit.dse.explore"], "__version__", "0.0.1")
+    with pytest.raises(ValueError, match=r"was made with memsplit '.*', not '0.0.1'"):
+        run(tmp_path / "trials.log", 14)
+
+
+def test_a_synchronous_search_is_alone_at_its_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Refused while another lives, in this process or in another of this machine; not when that was killed."""
+    storage, tried = tmp_path / "trials.log", []
+
+    def again(machine):
+        if not tried:
+            tried.append("once")
+            with pytest.raises(ValueError, match=f"is being searched by process {os.getpid()}; wait for it, or share it"):
+                run(storage, score=Acting(score))
+        return score(machine)
+
+    check_same(run(storage, score=Acting(again)), run())
+    assert tried
+    process = start(tmp_path, tmp_path / "others.log", "frame.csv", seconds=0.2)
+    try:
+        wait_for(lambda: begun(tmp_path / "log") >= 2)
+        with pytest.raises(ValueError, match=f"is being searched by process {process.pid};") as refusal:
+            run(tmp_path / "others.log", score=LoggedScore(tmp_path / "log"))
+        assert "\n" not in str(refusal.value)
+    finally:
+        process.kill()
+        process.wait()
+    check_same(run(tmp_path / "others.log", score=LoggedScore(tmp_path / "log")), run())
+    assert capsys.readouterr().err == ""
+
+
+def test_a_search_that_another_machine_has_not_left_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    calls = []
+
+    def from_elsewhere(machine):
+        if not calls:
+            calls.append("once")
+            with monkeypatch.context() as patched:
+                patched.setattr("socket.gethostname", lambda: "elsewhere")
+                run(tmp_path / "trials.log", 13, score=Acting(score))
+        return score(machine)
+
+    run(tmp_path / "trials.log", 13, score=Acting(from_elsewhere))
+    assert f"trials.log was not left by a process on {socket.gethostname()}; if it lives, stop one" in capsys.readouterr().err

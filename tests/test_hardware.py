@@ -13,7 +13,7 @@ from problems import two_sided
 from memsplit.models import ComputeUnit, Link, MemoryTier, System
 from memsplit.models.presets import H2M2_CXL_SYSTEM, H2M2_SYSTEM, HBM_8_SYSTEM, LPDDR_ONLY_SYSTEM
 from memsplit.models.price import access_energy, assumptions
-from memsplit.models.units import GB, MiB
+from memsplit.models.units import GB, MiB, mm2, pJ
 
 TIER = {"name": "HBM", "capacity": 96 * GB, "bandwidth": 3e12}
 UNIT = {"name": "chip", "tier": "HBM", "matrix_peak": 1e14, "vector_peak": 1e13}
@@ -213,3 +213,27 @@ def test_published_machines_are_what_the_paper_says():
     assert HBM_8_SYSTEM.tiers[0].bandwidth == 8 * H2M2_SYSTEM.tiers[0].bandwidth
     assert len(LPDDR_ONLY_SYSTEM.units) == 2
     assert str(H2M2_SYSTEM) == "H2M2 (HBM 96 GB 3000 GB/s, LPDDR 512 GB 544 GB/s)"
+
+
+UNIT_ERRORS = {
+    "15 USD/GB as 15": (lambda: H2M2_SYSTEM.with_tier("HBM", cost=15), "tier 'HBM': cost must be at most 1 .USD/B.*cost=15 / GB"),
+    "3.9 pJ/bit as 3.9": (lambda: H2M2_SYSTEM.with_tier("HBM", energy=3.9), "tier 'HBM': energy .*energy=3.9 . 8 . pJ"),
+    "0.5 pJ/FLOP as 0.5": (lambda: H2M2_SYSTEM.with_unit("HBM chip", energy=0.5), "unit 'HBM chip': energy .*energy=0.5 . pJ"),
+    "400 mm2 as 400": (lambda: H2M2_SYSTEM.with_unit("HBM chip", area=400), "unit 'HBM chip': area .*area=400 . mm2"),
+    "6 pJ/bit as 6": (lambda: replace(H2M2_SYSTEM.links[0], energy=6), "link .*: energy .*energy=3.9 . 8 . pJ"),
+}
+
+
+@pytest.mark.parametrize(("build", "sentence"), UNIT_ERRORS.values(), ids=UNIT_ERRORS)
+def test_a_number_of_another_unit_is_refused_with_what_to_write(build, sentence):
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        build()
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_a_refusal_says_to_write_is_taken_and_small_machines_are_free():
+    """Numbers worked by hand, as of 10 B at 2 J/B, stay; so does all that real machines have."""
+    tier = H2M2_SYSTEM.with_tier("HBM", cost=15 / GB, energy=3.9 * 8 * pJ).tier("HBM")
+    assert (tier.cost * GB, tier.energy) == pytest.approx((15, 31.2e-12))
+    assert H2M2_SYSTEM.with_unit("HBM chip", energy=0.5 * pJ, area=46_225 * mm2).units[0].area == pytest.approx(0.046225), "a wafer"
+    assert MemoryTier(name="toy", capacity=10.0, bandwidth=1.0, energy=2.0, cost=3.0).cost == 3.0

@@ -28,7 +28,12 @@ LLAMA = MappingSweep(
     granularity="query_head",
 )
 each_score = pytest.mark.parametrize("score", [GPT, LLAMA], ids=["GPT3-175B", "Llama2-70B by query head"])
-NUMBERS = ("latency_s", "throughput_tok_per_s", "energy_J", "memory_usd", "HBM_headroom_GB", "LPDDR_headroom_GB")
+MONEY = ("memory_usd", "system_usd", "usd_per_Mtok", "area_mm2")
+NUMBERS = (
+    *("latency_s", "throughput_tok_per_s", "energy_J", "energy_J_per_tok", "power_W", *MONEY),
+    *("HBM_headroom_GB", "LPDDR_headroom_GB"),
+)
+TEXTS = ("energy_without", "usd_without", "area_without")
 
 
 def table(designs: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -60,7 +65,7 @@ def test_a_row_equals_its_design_solved_alone_bit_for_bit(score):
         assert whole["feasible"][i] == (result.plan is not None)
         if result.plan is None:
             assert whole["reason"][i]
-            assert all(math.isnan(whole[name][i]) for name in whole if name not in ("feasible", "reason", "energy_without"))
+            assert all(math.isnan(whole[name][i]) for name in whole if name not in ("feasible", "reason", *TEXTS))
             continue
         assert whole["reason"][i] == ""
         assert whole["latency_s"][i] == result.objective
@@ -68,7 +73,7 @@ def test_a_row_equals_its_design_solved_alone_bit_for_bit(score):
             assert whole[f"n_{kind.name}"][i] == result.plan.splits[k][0].counts[0]
         expected = MappingScore(workload=workload, profile=score.profile, granularity=score.granularity)(system)
         shared = [name for name in whole if name in expected]
-        assert set(NUMBERS) | {f"n_{kind.name}" for kind in problem.kinds} | {"energy_without"} == set(shared)
+        assert {*NUMBERS, *TEXTS, *(f"n_{kind.name}" for kind in problem.kinds)} == set(shared)
         assert {name: whole[name][i] for name in shared} == {name: expected[name] for name in shared}
 
 
@@ -193,6 +198,70 @@ def test_names_what_is_wrong_with_a_column(columns, message):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"system": "h2m2"}, "MappingSweep: system must be of the class System, not 'h2m2'"),
+        ({"workload": LLAMA2_70B}, "MappingSweep: workload must be of the class Workload, not LLMConfig"),
+        ({"granularity": "head"}, "granularity must be one of .* not 'head'"),
+        ({"operation": 3}, "operation must be an Operation, or its fields .* not 3"),
+    ],
+)
+def test_names_a_field_that_is_something_else(changes, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        replace(GPT, **changes)
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_price_and_the_operation_change_a_result():
+    """A number that is taken and changes nothing would be a silent mistake."""
+    base = GPT({})
+    for name, value, columns in (
+        ("HBM chip_cost_USD", 9999.0, ("system_usd", "usd_per_Mtok")),
+        ("HBM_cost_USD_per_GB", 99.0, ("memory_usd", "system_usd", "usd_per_Mtok")),
+        ("LPDDR_static_power_W", 500.0, ("energy_J", "energy_J_per_tok", "power_W", "usd_per_Mtok")),
+        ("HBM chip_area_mm2", 1.0, ("area_mm2",)),
+    ):
+        changed = GPT({name: [value]})
+        assert all(changed[column] != base[column] for column in columns), name
+    busy = replace(GPT, operation=replace(GPT.operation, utilisation=1.0))({})
+    assert busy["energy_J_per_tok"] == busy["energy_J"] / 32 < base["energy_J_per_tok"]
+    assert busy["usd_per_Mtok"] < base["usd_per_Mtok"]
+
+
+def test_energy_that_is_left_out_is_that_of_the_design_and_not_of_those_beside_it():
+    """An LPDDR chip without an energy matters to plans that use it only."""
+    chips = tuple(replace(unit, energy=None) if unit.tier == "LPDDR" else unit for unit in H2M2_SYSTEM.units)
+    score = MappingSweep(system=replace(H2M2_SYSTEM, units=chips), workload=Workload(llm=LLAMA2_70B, batch=1, context=100))
+    columns = {"HBM_capacity_GB": [1e4, 40.0, 1e4], "LPDDR_bandwidth_GBps": [1e-6, 500.0, 1e-6]}
+    found = score(columns)
+    assert found["energy_without"][0] != found["energy_without"][1]
+    for i in range(3):
+        assert found["energy_without"][i] == score({name: column[i : i + 1] for name, column in columns.items()})["energy_without"][0]
+
+
+def test_unlimited_memory_is_never_slower_and_endless_state_fits_nowhere():
+    """More bytes than an int64 counts are not fewer than none."""
+    found = GPT({"HBM_capacity_GB": [200.0, 1e4, 1e10, 1e200], "batch": [32, 32, 32, 32]})
+    assert found["feasible"].all()
+    assert (np.diff(found["latency_s"]) <= 0).all()
+    assert (found["HBM_headroom_GB"][1:] > found["HBM_headroom_GB"][0]).all()
+    endless = GPT({"HBM_capacity_GB": [1e10, 1e10], "HBM_page_B": [1, 1], "batch": [32, 2**31 - 1], "context": [10, 2**31 - 1]})
+    assert endless["feasible"].tolist() == [True, False]
+    assert endless["reason"][1] == "weights, keys and values are 2**60 bytes or more"
+    assert math.isnan(endless["latency_s"][1])
+
+
+def test_check_refuses_what_a_call_refuses():
+    assert GPT.check({"HBM_capacity_GB": [96.0], "batch": [3]}) is None
+    for columns in ({"HBM_capacity": [1.0]}, {"HBM_capacity_GB": ["48"]}, {"batch": [0]}, {"batch": [1, 2], "context": [1]}):
+        with pytest.raises(ValueError, match="column") as checked:
+            GPT.check(columns)
+        with pytest.raises(ValueError, match="column") as called:
+            GPT(columns)
+        assert str(checked.value) == str(called.value)
+
+
 def test_refuses_what_it_cannot_map():
     with pytest.raises(ValueError, match=r"takes two memories, and system .* has 3"):
         MappingSweep(system=H2M2_CXL_SYSTEM, workload=GPT.workload)
@@ -205,7 +274,7 @@ def test_refuses_what_it_cannot_map():
 
 def test_is_a_value_that_files_and_other_processes_keep():
     assert pickle.loads(pickle.dumps(LLAMA)) == LLAMA
-    assert set(LLAMA.settings()) == {"system", "workload", "profile", "granularity"}
+    assert set(LLAMA.settings()) == {"system", "workload", "profile", "granularity", "operation"}
     kept = from_json(json.loads(json.dumps(to_json(LLAMA.settings()))))
     assert MappingSweep(**kept) == LLAMA
 

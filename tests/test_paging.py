@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +44,15 @@ def test_capacity_is_rounded_down_to_pages(nbytes, page):
 def test_pages_are_counted_for_arrays_that_broadcast():
     assert page_count([[0, 1, 10, 11]], [[1], [10]]).tolist() == [[0, 1, 10, 11], [0, 1, 1, 2]]
     assert capacity_pages([9.99, 10.0], 10).tolist() == [0, 1]
+
+
+def test_more_bytes_than_an_integer_holds_are_many_pages():
+    """Unlimited memory is not less than none."""
+    sizes = [1e9, 2.0**61, 1e19, 1e200, np.inf]
+    for counted in (capacity_pages(sizes, 4096), page_count(sizes, 4096)):
+        assert (np.diff(counted) >= 0).all()
+        assert counted[0] == 1e9 // 4096 + (counted[0] * 4096 > 1e9)
+        assert counted[-1] == 2**62 // 4096
 
 
 def test_a_sum_of_fractions_is_not_rounded_up_to_a_byte_more():

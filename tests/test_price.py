@@ -17,6 +17,7 @@ from memsplit.models.price import (
     ASSUMED_OPERATION,
     Operation,
     StepEnergy,
+    access_energy,
     assumptions,
     energy_per_token,
     mean_power,
@@ -103,8 +104,8 @@ def test_amounts_for_other_parts_are_refused():
 
 
 def test_a_unit_without_limits_does_all_the_work():
-    boundless = SYSTEM.with_unit("big", matrix_peak=np.inf)
-    assert step_energy(boundless, **WORK).compute == 160.0
+    boundless = SYSTEM.with_unit("big", matrix_peak=np.inf, energy=2.0**-12)
+    assert step_energy(boundless, **WORK).compute == 40 * 2.0**-12
 
 
 @given(st.lists(st.tuples(amounts, amounts, amounts, amounts), min_size=1, max_size=5), st.sampled_from([2.0, 2.0**-30]))
@@ -401,3 +402,24 @@ def test_a_row_of_an_operation_is_priced_again_from_its_files(tmp_path, which):
     again = rerun(write_csv(tmp_path / "front.csv", found), 0).set_index("column")
     for column in ("latency_s", "usd_per_Mtok", "energy_J_per_tok", "system_usd", "power_W", "area_mm2"):
         assert again.loc[column, "written"] == again.loc[column, "again"], column
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens_per_second": -1.0}, r"tokens_per_second must be at least 0 \[1/s\], not -1.0"),
+        ({"cost": np.array([3.0, np.nan, -2.0])}, r"cost must be at least 0 \[USD\], not -2.0"),
+        ({"energy_per_token": -1e-3}, r"energy_per_token must be at least 0 \[J\], not -0.001"),
+    ],
+)
+def test_money_is_of_numbers_that_can_be(changes, message):
+    """A price below 0 would come out as a bargain; unknown numbers stay unknown."""
+    given = {"cost": 1e4, "energy_per_token": 0.1, "tokens_per_second": 10.0, "operation": OPERATION}
+    with pytest.raises(ValueError, match=message):
+        usd_per_Mtok(**(given | changes))
+    assert np.isnan(usd_per_Mtok(**(given | {"cost": np.nan})))
+
+
+def test_energy_is_of_every_tier():
+    with pytest.raises(ValueError, match="system 'H2M2' has 2 tiers, not 1; give bytes of each of them"):
+        access_energy(H2M2_SYSTEM, [1.0])

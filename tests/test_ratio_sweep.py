@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import memsplit.solvers.cache_ratio_batch as solver_module
 from memsplit.dse.ratio_sweep import RatioSweep
+from memsplit.dse.split_sweep import SplitSweep
 from memsplit.dse.sweep import sweep
 from memsplit.models import Workload
 from memsplit.models.cache_ratio import CacheRatioPlan, CacheRatioProblem, LinearTime, RatioLayer
@@ -20,6 +21,7 @@ from memsplit.models.offload import OffloadMachine
 from memsplit.models.offload_batch import CacheRatioBatch, OffloadDesigns
 from memsplit.models.offload_profiles import HYBRIDSERVE_PAPER
 from memsplit.models.presets import DEEPSEEK_V3, GEMMA_7B, LLAMA3_1_8B, OPT_6_7B, OPT_30B, SYSTEMS
+from memsplit.models.profiles import FIRST_PRINCIPLES
 from memsplit.models.systems import Systems
 from memsplit.models.units import GB
 from memsplit.solvers.cache_ratio import EnumerationRatio, LpRatio
@@ -117,6 +119,40 @@ def test_bounds_are_below_the_optimum_and_plans_reach_it(classes: int, proportio
         assert found.bound[row] <= optimum
         if proportional:
             assert found.latency[row] <= optimum * (1 + SUMS)
+
+
+def test_a_whole_period_of_empty_bytes_is_looked_at():
+    """Sizes of up to 63 units, whose periods are up to 63: with seven counts from each end six of these plans were up to 6 % slower."""
+    rng = np.random.default_rng(64)
+    problems = []
+    for _ in range(250):
+        blocks, kv, act = int(rng.integers(0, 120)), int(rng.integers(1, 64)), int(rng.integers(1, 64))
+        load, store = rng.choice([0.05, 0.2]) * rng.uniform(0.05, 0.25), rng.uniform(0, 0.03)
+        generate = rng.choice([0.0, 0.05, 0.2]) * rng.uniform(0.2, 1) * 8
+        layer = RatioLayer(
+            layers=2,
+            weights=rng.uniform(0, 1),
+            compute=rng.uniform(0, 1),
+            load_kv=LinearTime(slope=load * kv),
+            load_act=LinearTime(slope=load * act),
+            generate=LinearTime(slope=generate),
+            store_kv=store * kv,
+            store_act=store * act,
+        )
+        gpu, host = int(rng.integers(0, 38 * blocks + 2)), int(rng.integers(0, 64 * blocks + 2))
+        problems.append(
+            CacheRatioProblem(layers=(layer,), request_blocks=(blocks,), kv_block=kv, act_block=act, gpu_capacity=gpu, host_capacity=host)
+        )
+    found = solve_ratios(CacheRatioBatch.of(problems))
+    optima = [EnumerationRatio().solve(problem).objective for problem in problems]
+    assert sum(optimum is not None for optimum in optima) > 150
+    for row, optimum in enumerate(optima):
+        if optimum is not None:
+            assert found.bound[row] <= optimum
+            assert found.latency[row] <= optimum * (1 + SUMS)
+    for row in range(0, 250, 9):  # a longer reach of those beside it changes no plan
+        alone = solve_ratios(CacheRatioBatch.of(problems[row : row + 1]))
+        assert [getattr(alone, name)[0] for name in (*COUNTS, "latency")] == [getattr(found, name)[row] for name in (*COUNTS, "latency")]
 
 
 CASES = {
@@ -240,6 +276,50 @@ def test_reasons_name_the_memory():
     assert found["reason"][3] == ""
 
 
+def test_a_row_with_endless_state_is_infeasible_and_the_others_are_priced():
+    """More tokens or bytes than are counted exactly: no machine holds them, and the rest of the table is as without them."""
+    columns = {"batch": [8, 2**30, 2**22, 2**31 - 1, 8], "context": [500, 2**30, 2**29, 2**31 - 1, 300], "host_capacity_GB": [900.0] * 5}
+    for sweeper in (score(), score(batches=2), SplitSweep(system=RTX, workload=served(), weights="host")):
+        found = sweeper(columns)
+        assert found["feasible"].tolist() == [True, False, False, False, True]
+        assert set(found["reason"][1:4]) == {"the state of all requests is beyond 2**60 bytes or 2**53 tokens"}
+        assert np.isfinite(found["system_usd"]).all()
+        fine = sweeper({name: [column[0], column[4]] for name, column in columns.items()})
+        for name, column in found.items():
+            np.testing.assert_array_equal(column[[0, 4]], fine[name], err_msg=name)
+            if column.dtype == np.float64 and not name.endswith(("_usd", "_mm2")):
+                assert np.isnan(column[1:4]).all(), name
+        with pytest.raises(ValueError, match=r"beyond 2\*\*60 bytes .* lower batch or context"):
+            replace(sweeper, workload=served(batch=2**30, context=2**30))
+
+
+def test_unlimited_memory_is_never_slower():
+    found = score()({"host_capacity_GB": [900.0, 1e10, 1e200], "GDDR6X_capacity_GB": [24.0, 24.0, 24.0]})
+    assert found["feasible"].all()
+    assert (np.diff(found["latency_s"]) <= 0).all()
+
+
+def test_prices_of_units_are_counted():
+    """A column that is taken changes a result."""
+    found = score()({"RTX 4090_cost_USD": [1000.0, 3000.0]})
+    assert found["system_usd"][1] == found["system_usd"][0] + 2000
+    assert (found["memory_usd"] < found["system_usd"]).all()
+
+
+@pytest.mark.parametrize("sweeper", [RatioSweep, SplitSweep])
+def test_check_refuses_what_a_call_refuses(sweeper):
+    one = sweeper(system=RTX, workload=served())
+    assert one.check({"host_capacity_GB": [96.0], "batch": [2**31 - 1], "context": [2**31 - 1]}) is None
+    for columns in ({"host_capacity": [1.0]}, {"host_capacity_GB": ["48"]}, {"batch": [0]}):
+        with pytest.raises(ValueError, match="column") as checked:
+            one.check(columns)
+        with pytest.raises(ValueError, match="column") as called:
+            one(columns)
+        assert str(checked.value) == str(called.value)
+    with pytest.raises(ValueError, match=f"{sweeper.__name__}: profile must be of the class OffloadProfile, not Profile"):
+        sweeper(system=RTX, workload=served(), profile=FIRST_PRINCIPLES)
+
+
 def test_no_designs_and_no_columns():
     """No row in, no row out, with the same columns; no column: the score's own system and workload."""
     one, none = score()({}), score()({"host_capacity_GB": np.array([]), "batch": np.array([])})
@@ -271,8 +351,6 @@ def test_sweep_prices_it_in_chunks():
         ({"context": ["many"]}, "without a unit"),
         ({"context": [1e12]}, r"below 2\*\*31"),
         ({"batch": [1, 2], "context": [1]}, "give every design every column"),
-        ({"batch": [2**30], "context": [2**30]}, "lower batch"),
-        ({"batch": [2**22], "context": [2**29]}, "lower batch or context"),
     ],
 )
 def test_wrong_columns_are_named(columns, words: str):

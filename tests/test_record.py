@@ -43,3 +43,30 @@ def test_what_cannot_be_recorded_is_one_sentence(front, tmp_path):
         record(front, OBJECTIVES, ["batch"], storage=storage, name="front")
     with pytest.raises(ValueError, match="objectives"):
         record(front, OBJECTIVES[::-1], ["batch"], storage=storage, name="front")
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ([pd.Timestamp("2024-01-01"), pd.Timestamp("2024-01-02")], "row 0: parameter 'p' .*not Timestamp"),
+        ([1.0, np.nan], "row 1: parameter 'p' .*not nan"),
+        ([1.0, np.inf], "row 1: parameter 'p' .*not inf"),
+        (["a", None], "row 1: parameter 'p'"),
+        ([1, (2, 3)], "row 1: parameter 'p' .*not .2, 3."),
+    ],
+    ids=["dates", "NaN", "infinity", "None", "tuple"],
+)
+def test_a_parameter_that_no_study_holds_is_named_with_its_row(tmp_path, values, named):
+    frame = pd.DataFrame({"p": pd.Series(values), "latency_s": [1.0, 2.0]})
+    with pytest.raises(ValueError, match=named) as refusal:
+        record(frame, [Objective("latency_s")], ["p"], storage=tmp_path / "studies.log", name="front")
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_attribute_that_no_study_holds_is_named_with_its_row(tmp_path):
+    frame = pd.DataFrame({"p": [1, 2], "latency_s": [1.0, 2.0], "when": [pd.Timestamp("2024-01-01")] * 2})
+    with pytest.raises(ValueError, match=r"row 0: column 'when' .*Timestamp") as refusal:
+        record(frame, [Objective("latency_s")], ["p"], storage=tmp_path / "studies.log", name="front")
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())

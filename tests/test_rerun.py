@@ -30,6 +30,7 @@ def test_a_row_is_priced_again_bit_for_bit(score, axes, suffix, tmp_path):
     for row in range(len(frame)):
         again = rerun(path, row)
         assert set(frame.columns) - set(axes) == set(again["column"])
+        assert again["same"].all()
         for _, line in again.iterrows():
             empty = pd.isna(line["written"]) and (line["again"] == "" or np.isnan(line["again"]))  # a CSV has no other texts of no letters
             assert empty or line["written"] == line["again"], line["column"]
@@ -48,6 +49,39 @@ def test_a_row_is_explained_at_the_latency_that_was_swept(score, axes, tmp_path)
         else:
             assert explanation.result.plan is None
             assert explanation.levers
+
+
+def test_what_is_no_more_the_same_is_said(tmp_path):
+    score, axes = SOLVED["mapping"]
+    frame = sweep(Grid(axes), score)
+    row = int(np.flatnonzero(frame["feasible"])[0])
+    frame.loc[row, "latency_s"] *= 1 + 1e-15 * 2
+    frame.loc[row, "energy_J"] = np.nan
+    frame.loc[row, "reason"] = "slow"
+    again = rerun(write_csv(tmp_path / "swept.csv", frame), row)
+    assert list(again) == ["column", "written", "again", "same"]
+    assert set(again["column"][~again["same"]]) == {"latency_s", "energy_J", "reason"}
+
+
+def test_a_table_that_lost_a_column_of_its_designs_is_refused(tmp_path, capsys):
+    """Without it the machine of the score would be priced; a file that does not say which columns it had is priced as it is."""
+    score, axes = SOLVED["mapping"]
+    frame = sweep(Grid(axes), score)
+    assert frame.attrs["settings"]["columns"] == ["HBM_capacity_GB", "batch"]
+    path = write_csv(tmp_path / "swept.csv", frame)
+    renamed = pd.read_csv(path).rename(columns={"HBM_capacity_GB": "capacity"})
+    for changed, lost in ((renamed, "HBM_capacity_GB"), (pd.read_csv(path).drop(columns="batch"), "batch")):
+        changed.to_csv(path, index=False)
+        for command in ("rerun", "explain"):
+            assert main([command, str(path)]) == 2
+            printed = capsys.readouterr()
+            assert f"has no column '{lost}', which its designs were swept with" in printed.err
+            assert printed.err.count("\n") == 1
+    beside = path.with_suffix(".json")
+    data = json.loads(beside.read_text())
+    del data["settings"]["columns"]
+    beside.write_text(json.dumps(data))
+    assert rerun(path)["again"].iloc[0] == score({"HBM_capacity_GB": [48.0]})["latency_s"][0]
 
 
 def test_an_estimate_has_no_plan_to_explain(tmp_path, capsys):

@@ -2,17 +2,20 @@
 
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memsplit.dse.mapping_score import priced_columns
 from memsplit.dse.step_sweep import StepSweep
-from memsplit.models import ComputeUnit, MemoryTier, System, Workload
-from memsplit.models.estimate import STEP_FUSED, StepMachines, StepModel, StepProfile
+from memsplit.models import ComputeUnit, Link, MemoryTier, System, Workload
+from memsplit.models.estimate import STEP_FUSED, StepMachines, StepModel, StepProfile, tensor_parallel
 from memsplit.models.presets import H2M2_SYSTEM, LLAMA2_70B, MIXTRAL_8X7B
-from memsplit.models.units import GB, TB, TFLOPS
+from memsplit.models.price import Operation, StepEnergy, static_power
+from memsplit.models.units import GB, TB, TFLOPS, mm2
 
 GPU = System(
     name="GPU",
@@ -22,7 +25,11 @@ GPU = System(
 DECODE = Workload(llm=LLAMA2_70B, batch=16, context=2048)
 PREFILL = Workload(llm=MIXTRAL_8X7B, batch=2, context=512, phase="prefill")
 SOFT = StepProfile(name="soft", memory=0.9, overlap=4.3)
-NUMBERS = ("latency_s", "throughput_tok_per_s", "bound_s", "kv_GB", "energy_J_per_tok", "memory_usd", "headroom_GB")
+NUMBERS = (
+    *("latency_s", "throughput_tok_per_s", "bound_s", "kv_GB", "energy_J", "energy_J_per_tok", "power_W"),
+    *("memory_usd", "system_usd", "usd_per_Mtok", "headroom_GB"),
+)
+TEXTS = ("bound_by", "energy_without", "usd_without", "reason")
 
 
 def table(designs: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -52,7 +59,7 @@ def test_a_row_of_a_table_equals_its_design_priced_alone_bit_for_bit(score):
     """By its own columns, and by the System and Workload that ``design`` rebuilds from them, in another score without columns."""
     columns = table(2100)
     whole = score(columns)
-    assert sorted(whole) == sorted([*NUMBERS, "energy_without", "feasible", "reason"])
+    assert sorted(whole) == sorted([*NUMBERS, *TEXTS, "feasible"])
     assert 100 < whole["feasible"].sum() < 2000
     for i in (0, 1, 1023, 1024, 2047, 2098, 2099):
         row = {name: column[i] for name, column in columns.items()}
@@ -98,6 +105,63 @@ def test_designs_that_do_not_fit_are_kept_with_their_reason():
     assert found["headroom_GB"][1] == pytest.approx(1 - found["kv_GB"][1], rel=1e-9)  # a difference of sums of GB
     many = StepSweep(system=GPU.with_tier("HBM", capacity=weights * GB / 2), workload=DECODE)({"batch": [1, 2]})
     assert many["reason"].tolist() == ["the weights alone exceed HBM"] * 2
+
+
+FULL = System(
+    name="full",
+    tiers=(replace(GPU.tiers[0], static_power=20.0), MemoryTier(name="host", capacity=100 * GB, bandwidth=TB, cost=4 / GB)),
+    units=(replace(GPU.units[0], energy=1e-12, static_power=60.0, area=800 * mm2, silicon_cost=0.3 / mm2),),
+    links=(Link(source="host", target="HBM", bandwidth=64 * GB, cost=100.0),),
+)
+"""A machine of which everything has a price, and all but the host an energy."""
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_money_and_power_are_those_of_the_formulas(devices):
+    """``priced_columns`` of the machine that is all devices together; the same sums in another order."""
+    operation = Operation(utilisation=0.3, years=4.0, usd_per_kWh=0.2, pue=1.2)
+    score = StepSweep(system=FULL, workload=DECODE, tier="HBM", operation=operation)
+    found = score({"devices": [devices, devices], "SM_area_mm2": [800.0, 400.0]})
+    for i, area in enumerate((800 * mm2, 400 * mm2)):
+        system = tensor_parallel(replace(FULL, units=(replace(FULL.units[0], area=area),)), devices)
+        step = StepModel.build(LLAMA2_70B).estimate(StepMachines.build([system], tier="HBM"), 16, 2048)
+        static = static_power(system)[0] * step.latency
+        energy = StepEnergy(memory=step.energy - static, compute=np.zeros(1), links=np.zeros(1), static=static)
+        expected = priced_columns(system, energy, latency=step.latency, tokens=16, operation=operation)
+        for name in ("energy_J", "energy_J_per_tok", "power_W", "memory_usd", "system_usd", "usd_per_Mtok", "area_mm2"):
+            assert found[name][i] == pytest.approx(expected[name].item(), rel=1e-12), name
+    assert found["system_usd"][0] > found["system_usd"][1] > found["memory_usd"][0]
+    busy = replace(score, operation=replace(operation, utilisation=1.0))({"devices": [devices]})
+    assert busy["energy_J_per_tok"][0] == pytest.approx(busy["energy_J"][0] / 16, rel=1e-12)
+    assert busy["usd_per_Mtok"][0] < found["usd_per_Mtok"][0]
+
+
+def test_the_larger_of_the_two_bounds_is_named():
+    """One request reads far more than it computes; with a hundredth of the FLOP/s it does not; what does not fit has no bound."""
+    found = StepSweep(system=GPU, workload=DECODE, profile=STEP_FUSED)(
+        {"SM_matrix_peak_TFLOPps": [312.0, 1.0, 1.0], "SM_vector_peak_TFLOPps": [78.0, 78.0, 78.0], "HBM_capacity_GB": [80.0, 80.0, 1.0]}
+    )
+    assert found["bound_by"].tolist() == ["memory", "compute", ""]
+    assert found["bound_s"][0] == pytest.approx((DECODE.weight_bytes + DECODE.state_bytes) / (2 * TB), rel=1e-12)  # sums in another order
+    assert found["bound_s"][1] > found["bound_s"][0]
+
+
+def test_check_refuses_what_a_call_refuses():
+    score = SCORES["decode"]
+    assert score.check({"HBM_capacity_GB": [96.0], "devices": [3]}) is None
+    for columns in ({"devices": [0]}, {"HBM_capacity_GB": [None]}, {"batch": [True]}):
+        with pytest.raises(ValueError, match="column") as checked:
+            score.check(columns)
+        with pytest.raises(ValueError, match="column") as called:
+            score(columns)
+        assert str(checked.value) == str(called.value)
+
+
+def test_a_field_of_another_class_is_named():
+    with pytest.raises(ValueError, match="StepSweep: workload must be of the class Workload, not LLMConfig"):
+        StepSweep(system=GPU, workload=LLAMA2_70B)
+    with pytest.raises(ValueError, match="StepSweep: profile must be of the class StepProfile"):
+        StepSweep(system=GPU, workload=DECODE, profile="plain")
 
 
 def test_devices_share_a_step():

@@ -1,6 +1,5 @@
 """Sweeps in one process: every design once, in any chunks the same table, exactly the front, and errors that name rows."""
 
-import itertools
 import json
 import math
 import tracemalloc
@@ -12,9 +11,9 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import qmc
 
 from memsplit.dse import Constraint, Objective, pareto, read_designs, write_csv
+from memsplit.dse._chunks import Job, Table, load, save
 from memsplit.dse.sweep import Grid, Sobol, sweep
 
 LATENCY, PRICE = Objective("latency_s"), Objective("price_USD")
@@ -66,94 +65,11 @@ def rows_of(designs, start=0, stop=None):
     return list(zip(*(column.tolist() for column in columns.values()), strict=True))
 
 
-axes = st.dictionaries(
-    st.text(min_size=1), st.lists(st.integers(-9, 9) | st.floats(allow_nan=False), min_size=1, max_size=4), min_size=1, max_size=4
-)
-
-
-@settings(max_examples=50)
-@given(axes, st.data())
-def test_a_grid_is_the_product_of_its_axes_row_by_row(axes, data):
-    grid = Grid(axes)
-    expected = list(itertools.product(*axes.values()))
-    start = data.draw(st.integers(0, len(grid)))
-    stop = data.draw(st.integers(start, len(grid)))
-    assert list(grid.columns(0, 1)) == list(axes)
-    assert rows_of(grid, start, stop) == expected[start:stop]
-    assert Grid(grid.axes) == grid
-
-
-def test_numbers_keep_their_kind_and_texts_are_texts():
-    """1, 1.0 and True are equal, and no column may take the values of another that is equal to it."""
-    columns = Grid({"a": [1, 0], "b": [1.0, 0.0], "c": [True, False], "d": ["x", "y"]}).columns(0, 16)
-    assert [array.dtype.kind for array in columns.values()] == ["i", "f", "b", "O"]
-    assert set(columns["d"]) == {"x", "y"}
-
-
-@settings(max_examples=20)
-@given(st.integers(1, 5), st.integers(0, 99), st.integers(1, 70_000), st.data())
-def test_sobol_points_are_those_of_scipy_from_any_row_on(dimensions, seed, number, data):
-    designs = Sobol({f"u{i}": (0.0, 1.0) for i in range(dimensions)}, number=number, seed=seed)
-    start = data.draw(st.integers(0, number - 1))
-    stop = data.draw(st.integers(start, number))
-    engine = qmc.Sobol(dimensions, rng=seed)
-    expected = engine.random_base2(max(number - 1, 1).bit_length())[start:stop]
-    np.testing.assert_array_equal(np.stack(list(designs.columns(start, stop).values()), axis=1), expected)
-
-
-def test_sobol_takes_ranges_and_lists_and_each_value_as_often_as_the_others():
-    designs = Sobol({"bandwidth_TBps": (1, 8), "batch": [1, 2, 4, 8], "memory": ["HBM", "LPDDR"]}, number=64, seed=3)
-    columns = designs.columns(0, 64)
-    assert columns["bandwidth_TBps"].min() >= 1
-    assert columns["bandwidth_TBps"].max() < 8
-    assert np.unique(columns["batch"], return_counts=True)[1].tolist() == [16] * 4
-    assert pd.Series(columns["memory"]).value_counts().tolist() == [32, 32]
-    assert Sobol(designs.axes, number=64, seed=3) == designs, "a list of two values is still a list when it is read back"
-    other = Sobol(designs.axes, number=64, seed=4).columns(0, 64)
-    assert not np.array_equal(other["bandwidth_TBps"], columns["bandwidth_TBps"])
-
-
-def test_a_billion_designs_cost_no_memory():
-    tracemalloc.start()
-    grid = Grid({name: range(1000) for name in "abc"})
-    sobol = Sobol({"x": (0, 1)}, number=2**20)
-    assert (len(grid), len(sobol)) == (10**9, 2**20)
-    assert rows_of(grid, 10**9 - 1, 10**9) == [(999, 999, 999)]
-    assert len(sobol.columns(2**20 - 5, 2**20)["x"]) == 5
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 5e6
-
-
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
-        (lambda: Grid({}), "Grid needs a dict with the values of at least one column"),
-        (lambda: Grid({"a": []}), "column 'a' has no values"),
-        (lambda: Grid({"a": 3}), "column 'a' needs a list of values, not 3"),
-        (lambda: Grid({"a": [1.0, math.nan]}), "column 'a' must hold numbers or texts, not nan as value 1"),
-        (lambda: Grid({"a": [1, "x"]}), "column 'a' holds numbers and texts"),
-        (lambda: Grid({"a": [2**70]}), "more than 64 bits"),
-        (lambda: Grid({3: [1]}), "the name of a column must be a text, not 3"),
-        (lambda: Grid(dict.fromkeys("abcd", range(2**16))), "2\\*\\*63 combinations or more"),
-        (lambda: Sobol({"a": (2, 1)}, number=4), "with low below high"),
-        (lambda: Sobol({"a": (0, math.inf)}, number=4), "finite numbers"),
-        (lambda: Sobol({"a": (0, 1)}, number=0), "number must be a whole number of at least 1"),
-        (lambda: Sobol({"a": (0, 1)}, number=2**31), "at most 2\\*\\*30"),
-        (lambda: Sobol({"a": (0, 1)}, number=4, seed=-1), "seed must be"),
-    ],
-)
-def test_impossible_sets_of_designs_are_refused_in_one_sentence(make, sentence):
-    with pytest.raises(ValueError, match=sentence) as refusal:
-        make()
-    assert "\n" not in str(refusal.value)
-
-
 @pytest.mark.parametrize("keep", [None, [LATENCY, PRICE]])
 @pytest.mark.parametrize("chunk", [1, 3, 64, 140, 10**6])
 def test_chunks_do_not_change_the_table(chunk, keep):
     """Batch = loop of singles."""
-    same(sweep(GRID, score, chunk=chunk, keep=keep), sweep(GRID, score, keep=keep))
+    same(sweep(GRID, score, chunk=np.int64(chunk), keep=keep), sweep(GRID, score, keep=keep))
 
 
 def test_without_keep_all_rows_come_back_in_order_infeasible_ones_included():
@@ -307,6 +223,69 @@ def test_a_score_cannot_change_the_designs():
         sweep(numbers(4), writes)
 
 
+def test_what_a_score_does_to_its_dict_does_not_change_the_designs():
+    def changes(columns):
+        doubled = columns.pop("n") * 2
+        columns["m"] = doubled
+        return {"double": doubled}
+
+    frame = sweep(numbers(4), changes, chunk=3)
+    assert frame.to_dict("list") == {"n": [0, 1, 2, 3], "double": [0, 2, 4, 6]}
+
+
+def test_a_score_that_counts_rows_is_understood_to_count_its_own():
+    """In the text of the error a row is one of the whole table; a number that is no row of the chunk stays as it is."""
+
+    def counts(columns):
+        if (wrong := np.flatnonzero(columns["n"] == 6)).size:
+            raise ValueError(f"no bandwidth\nas in row {wrong[0]} beside row 99")
+        return {}
+
+    with pytest.raises(ValueError, match=r"^rows 4 to 7 cannot be priced: no bandwidth as in row 6 beside row 99$"):
+        sweep(numbers(9), counts, chunk=4)
+
+
+@dataclass
+class Checking:
+    """A score that checks before it prices, and notes what it was given to do each."""
+
+    checked: list = field(default_factory=list)
+    priced: int = 0
+
+    def check(self, columns):
+        self.checked += columns["n"].tolist()
+        if (wrong := np.flatnonzero(columns["n"] < 0)).size:
+            raise ValueError(f"column 'n' must be at least 0, not {columns['n'][wrong[0]]:g} as in row {wrong[0]}")
+
+    def __call__(self, columns):
+        self.priced += 1
+        return {"square": columns["n"] ** 2}
+
+
+@pytest.mark.parametrize(
+    ("designs", "row"),
+    [
+        (pd.DataFrame({"n": [*range(90), -5]}), 90),
+        (Grid({"x": [1, 2, 3], "n": [0, 1, -5, 2], "m": [1, 2]}), 4),
+        (Sobol({"n": [-5, 1], "m": (0, 1)}, number=64, seed=1), None),
+    ],
+    ids=["table", "grid", "sobol"],
+)
+def test_a_score_checks_designs_before_the_first_chunk(designs, row):
+    score = Checking()
+    with pytest.raises(ValueError, match=r"^designs cannot be priced: column 'n' must be at least 0, not -5 as in row (\d+)$") as refusal:
+        sweep(designs, score, chunk=10)
+    assert score.priced == 0
+    named = int(str(refusal.value).rpartition(" ")[2])
+    values = designs["n"].to_numpy() if isinstance(designs, pd.DataFrame) else designs.columns(0, len(designs))["n"]
+    assert values[named] == -5
+    assert row is None or named == row
+    fine = Checking()
+    sweep(Grid({"x": range(300), "n": range(200)}), fine)
+    assert set(fine.checked) == set(range(200))
+    assert len(fine.checked) == 499, "each value of each column once beside the first row"
+
+
 def test_every_chunk_must_have_the_columns_of_the_first():
     with pytest.raises(ValueError, match="rows 2 to 3 have other columns than those before: 'b' is <f8, not missing"):
         sweep(numbers(4), lambda columns: {"b": np.zeros(2)} if 3 in columns["n"] else {}, chunk=2)
@@ -319,11 +298,30 @@ def test_a_feasible_row_has_its_objectives():
         sweep(numbers(2), scored(latency_s=np.array([1, np.nan]), feasible=np.array([True, True])), keep=[LATENCY])
 
 
+def test_an_infinite_objective_is_a_number():
+    """The throughput of a machine without limits."""
+    throughput = scored(tok_per_s=np.array([1.0, np.inf, 3.0]), feasible=np.array([True, True, False]))
+    kept = sweep(numbers(3), throughput, keep=[Objective("tok_per_s", "maximize")])
+    assert (kept.index.tolist(), kept["tok_per_s"].tolist()) == ([1], [np.inf])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"chunk": 0}, "chunk must be a whole number of at least 1"),
-        ({"workers": 0}, "workers must be a whole number of at least 1"),
+        *(({"chunk": bad}, "chunk must be a whole number of designs, at least 1 .*, not") for bad in (0, True, 1.5, "3")),
+        *(({"workers": bad}, "workers must be a whole number of processes, at least 1 .*, not") for bad in (0, 1.5)),
+        ({"keep": "latency_s"}, r"keep must be a list of Objective, as in .*, not 'latency_s'"),
+        ({"keep": LATENCY}, "keep must be a list of Objective, as in"),
+        ({"keep": [3]}, "keep must hold Objective only, .*, not 3"),
+        ({"keep": [LATENCY], "constraints": Constraint("price_USD", at_most=1)}, "constraints must be a list of Constraint"),
+        ({"client": 3}, "client must be a distributed.Client of Dask, not 3"),
+        ({"out": 3}, "out must be a path that is not empty, not 3"),
+        ({"out": ""}, "out must be a path that is not empty, not ''"),
+        ({"checkpoint": 3}, "checkpoint must be a path that is not empty, not 3"),
+        ({"settings": 3}, "settings must be a dict with texts as keys"),
+        ({"workers": 2, "score": lambda columns: {}}, "score cannot be sent to worker processes .*; define it at the top of a module"),
+        ({"score": 3}, "score must be a function of a dict of arrays, not 3"),
+        ({"designs": Grid}, "designs must be a DataFrame, an Arrow table, a Grid or a Sobol, not the class Grid"),
         ({"keep": []}, "there is no objective"),
         ({"keep": [Objective("power_W")]}, "there is no column 'power_W' to keep rows by"),
         ({"keep": [Objective("reason")]}, "the column 'reason' holds texts"),
@@ -335,8 +333,9 @@ def test_a_feasible_row_has_its_objectives():
 )
 def test_arguments_that_make_no_sweep_are_refused(arguments, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=sentence):
-        sweep(GRID, score, **arguments)
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        sweep(**({"designs": GRID, "score": score} | arguments))
+    assert "\n" not in str(refusal.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -351,6 +350,41 @@ def test_the_same_call_goes_on_from_its_checkpoint(tmp_path: Path):
     same(sweep(numbers(10), again, chunk=4, checkpoint=tmp_path / "c"), expected)
     assert again.calls == [[4, 5, 6, 7], [8, 9]]
     same(sweep(numbers(10), Counting(), chunk=4), expected)
+
+
+def test_chunks_in_each_others_place_are_priced_again(tmp_path: Path):
+    folder, again = tmp_path / "c", Counting()
+    expected = sweep(numbers(12), Counting(), chunk=4, checkpoint=folder)
+    first, second = folder / "rows000000000000.npz", folder / "rows000000000004.npz"
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+    same(sweep(numbers(12), again, chunk=4, checkpoint=folder), expected)
+    assert again.calls == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_chunk_is_found_damaged_wherever_it_is_damaged(tmp_path: Path):
+    """Bytes of the whole archive, overwritten; NumPy and zipfile raise about anything for such files."""
+    path, job = tmp_path / "rows.npz", Job(score=Counting(), keep=None, constraints=(), whole=True)
+    priced = job.price(Table.of(numbers(3)), 0, 3)
+    save(path, "key", priced)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        for byte in (0x00, 0xFF, whole[place] ^ 0x01):
+            path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+            found = load(path, "key", 0, 3, job)
+            assert found is None or {name: array.tolist() for name, array in found.columns.items()} == {"n": [0, 1, 2], "square": [0, 1, 4]}
+
+
+def test_a_front_in_place_of_a_table_is_damage(tmp_path: Path):
+    """As if a file's front had been lost; what it holds by then are all rows."""
+    folder, keep = tmp_path / "c", [LATENCY, PRICE]
+    expected = sweep(GRID, score, chunk=70, checkpoint=folder, keep=keep, out=tmp_path / "t.csv")
+    path = folder / "rows000000000000.npz"
+    with np.load(path) as arrays:
+        kept = {name: arrays[name] for name in arrays if name != "front"}
+    np.savez(path, **kept)
+    same(sweep(GRID, score, chunk=70, checkpoint=folder, keep=keep, out=tmp_path / "t.csv"), expected)
 
 
 @pytest.mark.parametrize("keep", [None, [LATENCY, PRICE]])
@@ -370,6 +404,7 @@ def other_score(columns):
     [
         ({"designs": Grid({**GRID.axes, "batch": [1]})}, "designs"),
         ({"score": other_score}, "score"),
+        ({"score": lambda columns, k=1: score(columns)}, "score"),
         ({"chunk": 10}, "chunk"),
         ({"keep": [LATENCY]}, "keep and rows kept"),
         ({"settings": {"llm": "another"}}, "settings"),
@@ -407,9 +442,9 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path):
 
 
 def test_a_score_that_nothing_tells_from_others_has_no_checkpoint(tmp_path: Path):
-    offset = np.ones(1)
+    hidden = iter([1])
     with pytest.raises(ValueError, match="its checkpoint could be mistaken"):
-        sweep(GRID, lambda columns: {"a": columns["batch"] + offset}, checkpoint=tmp_path / "c")
+        sweep(GRID, lambda columns: {"a": columns["batch"] + next(hidden)}, checkpoint=tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
@@ -447,6 +482,11 @@ def test_what_the_rows_depend_on_is_written_beside_them(tmp_path: Path):
     found = read_designs(tmp_path / "t.csv")["settings"]
     assert (found["score"], found["objectives"], found["note"]) == ("score", (LATENCY,), "tables")
     assert json.loads((tmp_path / "t.json").read_text())["designs"] == {}
+
+
+@pytest.mark.parametrize("designs", [GRID, pd.DataFrame(GRID.columns(0, 9)), Sobol(GRID.axes, number=8)], ids=["grid", "table", "sobol"])
+def test_the_names_of_the_design_columns_are_recorded(designs):
+    assert sweep(designs, score).attrs["settings"]["columns"] == ["bandwidth_TBps", "capacity_GB", "batch"]
 
 
 def test_the_bar_is_on_stderr_if_asked_for(capsys):

@@ -1,11 +1,13 @@
 """Sweeps on several workers: the same table, byte for byte, whatever is killed, stopped or full."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pandas as pd
@@ -47,6 +49,32 @@ def test_a_killed_worker_is_survived_without_a_checkpoint(tmp_path: Path):
     killed = sweep(GRID, Machine("kill", str(tmp_path), times=2), chunk=CHUNK, workers=3, keep=KEEP)
     same(killed, sweep(GRID, Machine(), chunk=CHUNK, keep=KEEP))
     assert len(list(tmp_path.glob("harm*"))) == 2
+
+
+needs_server = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="no server starts processes here")
+
+
+@needs_server
+def test_a_killed_server_of_processes_is_survived(tmp_path: Path):
+    killed = sweep(GRID, Machine("kill the server", str(tmp_path)), chunk=CHUNK, workers=3)
+    same(killed, sweep(GRID, Machine(), chunk=CHUNK))
+    assert (tmp_path / "harm0").exists()
+
+
+@needs_server
+def test_a_server_that_is_killed_while_it_starts_a_process_is_survived(monkeypatch: pytest.MonkeyPatch):
+    """Its pipe ends before it has said which process it started."""
+    read, ends = forkserver.read_signed, [1, 3]
+
+    def read_signed(pipe):
+        ends[:] = [left - 1 for left in ends]
+        if 0 in ends:
+            raise EOFError("unexpected EOF")
+        return read(pipe)
+
+    monkeypatch.setattr(forkserver, "read_signed", read_signed)
+    same(sweep(GRID, Machine(), chunk=CHUNK, workers=3), sweep(GRID, Machine(), chunk=CHUNK))
+    assert max(ends) <= 0
 
 
 def test_a_chunk_that_kills_its_worker_three_times_ends_the_sweep_and_is_named(tmp_path: Path):
@@ -139,6 +167,34 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path, how):
     assert kept.items() <= {path.name: path.stat().st_ino for path in tmp_path.glob("c/rows*")}.items()
     lines = [f"{n},{n * n},{'odd' if n % 2 else 'even'}" for n in range(160)]
     assert (tmp_path / "t.csv").read_text().splitlines() == ["n,square,text", *lines]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to see when processes start")
+def test_ctrl_c_while_workers_start_is_one_traceback_and_not_theirs(tmp_path: Path):
+    """It reaches all processes of the group, when the server of processes, the second child, is importing memsplit."""
+    process = script(tmp_path, 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: len(children.read_text().split()) >= 2, "a process is started")
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert error.count("Traceback") == 1, error
+    assert "sweep: interrupted; " in error
+
+
+def test_a_finished_sweep_leaves_alone_what_others_are_writing(tmp_path: Path):
+    """By the number of the process in the name: one that lives is at it, unless the file is hours old."""
+    folder = tmp_path / "c"
+    folder.mkdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    lives, old, dead = (folder / f".rows000000000{n}00.npz.{pid}.part" for n, pid in ((1, os.getppid()), (2, os.getppid()), (3, ended.pid)))
+    for path in (lives, old, dead):
+        path.touch()
+    os.utime(old, (0, 0))
+    sweep(GRID, Machine(), chunk=CHUNK, checkpoint=folder)
+    assert list(folder.glob(".*.part")) == [lives]
 
 
 FULL = """

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memsplit.models import ComputeUnit, KernelMappingTables, Link, MemoryTier, System, Workload
-from memsplit.models.presets import H2M2_CXL_SYSTEM, H2M2_SYSTEM, LLAMA2_7B, RTX4090_SYSTEM
+from memsplit.models.presets import H2M2_CXL_SYSTEM, H2M2_SYSTEM, LLAMA2_7B, RTX4090_SYSTEM, T4_SYSTEM
 from memsplit.models.profiles import FIRST_PRINCIPLES
 from memsplit.models.systems import DIMENSIONS, Place, Systems, as_systems, column_place
 from memsplit.models.units import GB, TB, UNITS, mm2, pJ
@@ -103,6 +103,8 @@ def test_every_number_has_a_column_in_each_of_its_units(part, field):
         name = f"{item}_{field}_{unit.replace('/s', 'ps').replace('/', '_per_')}".removesuffix("_")
         assert column_place(H2M2_SYSTEM, name) == (Place(part, item, field), factor)
         value = 0.5 if field == "efficiency" else 4.0  # a whole number of bytes in every unit
+        if unit in ("J/B", "J/FLOP", "USD/B"):  # so many that no machine has them
+            value = 2.0**-40
         systems = Systems.from_columns(H2M2_SYSTEM, {name: [value, value]})
         assert systems.values(part, field)[:, 1].tolist() == [value * factor] * 2
         assert getattr(getattr(systems[1], part)[1], field) == value * factor
@@ -148,6 +150,11 @@ def test_values_have_an_axis_of_designs_only_where_one_varies():
         ({"HBM_bandwidth_TBps": [0.0]}, "above 0, not .*0.0.* as in row 0"),
         ({"HBM_capacity_GB": [-1.0]}, "at least 0, not .*-1.0"),
         ({"HBM chip_static_power_W": [-1.0]}, "at least 0, not .*-1.0"),
+        ({"HBM_capacity_GB": [80.0, 1e300]}, r"at least 0, from 1e-300 to 1e\+300 in SI units, not 1e\+300 as in row 1"),
+        ({"HBM_bandwidth_TBps": [5e-324]}, r"above 0, from 1e-300 to 1e\+300 in SI units, not 5e-324 as in row 0"),
+        ({"HBM chip_energy_pJ_per_FLOP": [np.inf]}, "finite numbers, at least 0, not inf as in row 0"),
+        ({"HBM_page_B": [4096.0, 2.0**63]}, "column 'HBM_page_B', row 1: .*page must be a whole number"),
+        ({"HBM_capacity_GB": np.array([-1.0])}, "at least 0, not -1.0 as in row 0"),
         ({"HBM_page_B": [4096.5]}, "above 0, whole, not .*4096.5"),
         ({"HBM chip_tile": [0.0]}, "above 0, whole, not .*0.0"),
         ({"HBM_to_LPDDR_efficiency": [1.5]}, "above 0 and at most 1, not .*1.5"),
@@ -191,3 +198,60 @@ def test_tables_of_columns_are_those_of_the_machines():
     again = KernelMappingTables.build([systems[i] for i in range(3)], workload, profile=FIRST_PRINCIPLES)
     for field in ("seconds", "pages", "traffic", "capacity", "page"):
         assert np.array_equal(*np.broadcast_arrays(getattr(tables, field), getattr(again, field)))
+
+
+def test_routes_of_arrays_are_those_of_each_machine():
+    """By each machine's own ``consumer``, over random speeds of two ways of the same length."""
+    system = replace(H2M2_CXL_SYSTEM, links=(*H2M2_CXL_SYSTEM.links, Link(source="CXL", target="HBM", bandwidth=10 * GB)))
+    rng = np.random.default_rng(1)
+    names = ("CXL_to_HBM_bandwidth_GBps", "CXL_to_LPDDR_bandwidth_GBps", "CXL_to_LPDDR_efficiency")
+    base, seen = tuple(system.consumer(tier) for tier in system.tier_names), set()
+    for _ in range(40):
+        columns = {name: rng.choice([0.25, 0.5, 1.0], 2) * (1 if name.endswith("efficiency") else 60) for name in names}
+        machines = [
+            replace(
+                system,
+                links=tuple(
+                    replace(
+                        link,
+                        bandwidth=columns[f"{link.source}_to_{link.target}_bandwidth_GBps"][i] * GB,
+                        efficiency=columns["CXL_to_LPDDR_efficiency"][i] if link.target == "LPDDR" else link.efficiency,
+                    )
+                    if link.source == "CXL"
+                    else link
+                    for link in system.links
+                ),
+            )
+            for i in range(2)
+        ]
+        ends = [tuple(machine.consumer(tier)[0] for tier in machine.tier_names) for machine in machines]
+        wrong = [i for i, found in enumerate(ends) if found != tuple(end for end, _ in base)]
+        seen.add(len(wrong))
+        if wrong:
+            with pytest.raises(ValueError, match=f"in row {wrong[0]} data take faster links"):
+                Systems.from_columns(system, columns)
+        else:
+            assert len(Systems.from_columns(system, columns)) == 2
+    assert seen == {0, 1, 2}
+
+
+def test_routes_are_looked_at_without_a_machine_for_each_design(monkeypatch):
+    """Distinct link speeds are as many as designs, and a System takes a tenth of a millisecond."""
+    monkeypatch.setattr(Systems, "__getitem__", None)
+    speeds = np.linspace(10, 60, 7)
+    assert len(Systems.from_columns(H2M2_CXL_SYSTEM, {"CXL_to_LPDDR_bandwidth_GBps": speeds})) == 7
+    system = replace(H2M2_CXL_SYSTEM, links=(*H2M2_CXL_SYSTEM.links, Link(source="CXL", target="HBM", bandwidth=1 * GB)))
+    assert len(Systems.from_columns(system, {"CXL_to_LPDDR_bandwidth_GBps": speeds})) == 7
+
+
+def test_a_column_replaces_one_number_only():
+    """Unlike a tier that is resized, whose static power grows with it."""
+    refreshed = H2M2_SYSTEM.with_tier("LPDDR", static_power=25.0)
+    larger = Systems.from_columns(refreshed, {"LPDDR_capacity_GB": [1024.0]})[0].tier("LPDDR")
+    assert larger == replace(refreshed.tier("LPDDR"), capacity=1024 * GB)
+    assert larger.static_power < refreshed.with_resized_tier("LPDDR", 1024 * GB).tier("LPDDR").static_power
+
+
+def test_the_peaks_of_a_t4_are_of_one_precision():
+    """FP16: 2560 cores of 1.59 GHz, 2 FLOP an instruction and twice the rate of FP32; the sheet has two digits."""
+    assert T4_SYSTEM.units[0].vector_peak == pytest.approx(2560 * 1.59e9 * 2 * 2, rel=0.01)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import memsplit.dse
 from memsplit import __version__
 from memsplit.dse import Constraint, Objective, check_writable, explore, from_json, read_designs, to_json, write_csv
-from memsplit.dse.table import _types, read_table, table_writer, write_parquet
+from memsplit.dse.table import _one_line, _types, read_table, table_writer, write_parquet
 from memsplit.models import ComputeUnit, Link, MemoryTier, System
 from memsplit.solvers import Status
 
@@ -42,7 +42,7 @@ systems = st.builds(
             capacity=sizes,
             bandwidth=sizes | st.just(math.inf),
             page=st.integers(1, 2**40),
-            energy=st.none() | sizes,
+            energy=st.none() | st.floats(1e-15, 1e-6),
             cost_source=st.text(),
         ),
         min_size=1,
@@ -383,3 +383,35 @@ def test_public_classes_of_dse_are_written_field_by_field():
         assert from_json(json.loads(json.dumps(to_json((value,))))) == (value,)
     public = {cls.__name__ for cls in map(memsplit.dse.__dict__.get, memsplit.dse.__all__) if dataclasses.is_dataclass(cls)}
     assert {"Objective", "Constraint", "MappingScore"} <= public <= set(_types())
+
+
+@pytest.mark.parametrize("name", ["", Path(), "."])
+def test_an_empty_name_is_said_to_be_one(tmp_path: Path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    frame = pd.DataFrame({"a": [1]})
+    for fails in (lambda: write_csv(name, frame), lambda: write_parquet(name, frame), lambda: check_writable(name)):
+        with pytest.raises(ValueError, match=r"an empty name .*; name a file with --out, as in results\.csv"):
+            fails()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", ["ab\ud800c", 2**70], ids=["lone surrogate", "2**70"])
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_what_a_file_cannot_hold_is_one_sentence(tmp_path: Path, name, value):
+    """A CSV holds numbers of any length."""
+    frame = pd.DataFrame({"a": [1, 2], "b": pd.Series([type(value)(0), value], dtype=object)})
+    if name == "t.parquet":
+        parquet()
+    elif value == 2**70:
+        assert read_rows(write_csv(tmp_path / name, frame))[1]["b"] == str(2**70)
+        return
+    with pytest.raises(ValueError, match="surrogate") as refusal:
+        write_csv(tmp_path / name, frame)
+    assert "\n" not in str(refusal.value)
+    assert ("column 'b' holds" in str(refusal.value)) == (name == "t.parquet")
+    str(refusal.value).encode()  # a message that cannot be printed is none
+    assert os.listdir(tmp_path) == []
+
+
+def test_messages_of_other_libraries_become_one_line():
+    assert _one_line("first\n  second line.\n") == "first second line"

@@ -35,7 +35,7 @@ def test_a_kink_is_where_the_last_mb_saves_something(table):
         assert seconds(size) == pytest.approx(least, rel=1e-9)
         below = seconds(size - MB)
         assert below is None or below > least * (1 + 1e-9)
-        assert (row.dual_ms > 0) == (row.now < row.worthless_from_GB)
+        assert (row.dual_ms_per_unit > 0) == (row.now < row.worthless_from_GB)
 
 
 def test_the_break_even_price_is_that_of_two_lines(table):
@@ -65,6 +65,24 @@ def test_more_hbm_is_never_slower_and_worth_nothing_in_the_end(table):
     assert curve["HBM_capacity_GB"].is_monotonic_increasing
     assert (curve["latency_s"].diff().dropna() <= 0).all()
     assert curve["dual_ms_per_GB"].iloc[0] > curve["dual_ms_per_GB"].iloc[-1] == 0
+
+
+def test_worths_are_named_by_the_unit_they_are_per_and_the_text_says_where_they_hold(table, capsys):
+    frame = table[0]
+    worths = ["dual_ms_per_unit", "relaxation_difference_ms_per_unit", "optimum_difference_ms_per_unit"]
+    assert [name for name in frame if "dual" in name or "difference" in name] == worths
+    study.conclude(frame, 3.0, 2.0)
+    assert "capacities of this table where a GB is worth something" in capsys.readouterr().out
+
+
+def test_the_difference_of_the_optimum_is_drawn_without_a_line(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(study, "plot_lines", lambda frame, path, **settings: drawn.update(settings, frame=frame))
+    monkeypatch.setattr(study, "QUICK", study.QUICK[1:])
+    assert study.main(["--quick", "--out", str(tmp_path / "worth.csv")]) == 0
+    assert drawn["y"] == "worth_ms_per_GB"
+    assert list(drawn["markers_only"]) == [study.METHODS["difference_ms_per_GB"]]
+    assert set(drawn["markers_only"]) < set(drawn["frame"]["method"])
 
 
 def test_nothing_fits_is_a_row_with_its_reason():
