@@ -15,16 +15,27 @@ from typing import Any
 
 @contextmanager
 def out_of_reach() -> Iterator[None]:
-    """Processes started within do not hear of Ctrl-C, which reaches the whole group, before ``begin`` makes them deaf to it."""
+    """Processes are started within whole: Ctrl-C, which reaches all of the group, is heard here, afterwards, and not by them.
+
+    They inherit the mask, until ``begin`` makes them deaf. It is not enough for this process, of which other threads may hear the signal.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     resource_tracker.ensure_running()  # its own start would undo the mask
+    heard: list[int] = []
+    ours = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    if ours is not None:
+        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if ours is not None:
+            signal.signal(signal.SIGINT, ours)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def begin() -> None:

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finished, interrupted = finished_rows(measured(name, cases[name], system, seed) for name, system, seed in parts)
     frame = pd.DataFrame([row for rows, _ in finished for row in rows])
     llms = {case.llm.name: case.llm for case in cases.values()}
-    write_csv(arguments.out, frame, provenance={"systems": SYSTEMS, "llms": llms, "profile": FIRST_PRINCIPLES, "policies": POLICIES})
+    write_csv(arguments.out, frame, provenance={"systems": SYSTEMS, "llms": llms, "profile": FIRST_PRINCIPLES})
     shown = next((course for (name, *_), (_, course) in zip(parts, finished, strict=False) if name.startswith("h2m2")), finished[0][1])
     draw(shown, pictures)
     print("Written:", ", ".join(map(str, (arguments.out, *pictures))))

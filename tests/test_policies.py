@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from problems import all_plans
 from strategies import dense_llms, llms, profiles, systems
 from test_serving import linked
 
 from memsplit.dse.replay import replay
-from memsplit.models import KernelMappingPlan, Workload
+from memsplit.models import KernelMappingPlan, KernelMappingProblem, Workload
 from memsplit.models.presets import DEEPSEEK_V3, GPT3_175B, H2M2_CXL_SYSTEM, H2M2_SYSTEM, LLAMA2_70B, LPDDR_ONLY_SYSTEM
 from memsplit.models.serving import PolicyState, Service, ServingState, StepWindow, _plan_exists
 from memsplit.models.trace import fixed_trace, h2m2_trace
 from memsplit.models.units import TB
 from memsplit.solvers import GreedyMapping, PatternMapping, TableMapping, UniformMapping
-from memsplit.solvers.policies import FlexGenStatic, Greedy, Hysteresis, Myopic, SingleTier, Static
+from memsplit.solvers.policies import FlexGenStatic, Greedy, Hysteresis, LookAhead, Myopic, Shortlist, SingleTier, Static
 
-POLICIES = (Static(), FlexGenStatic(), SingleTier(), Greedy(), Myopic(), Hysteresis())
+POLICIES = (Static(), FlexGenStatic(), SingleTier(), Greedy(), Myopic(), Hysteresis(), LookAhead(iterations=8), Shortlist())
 TRACE = h2m2_trace(5, batch=32, iterations=24)
 NOBODY = ServingState.start(fixed_trace(1, prompt_tokens=1, output_tokens=1))
 
@@ -98,7 +99,15 @@ def test_a_single_tier_is_the_first_or_the_one_that_is_named():
 def test_no_policys_plan_is_faster_than_the_myopic_one():
     """All requests are there from the start, so that every policy sees the same batches; equal sums in the same order are equal bits."""
     optimum = run(Myopic(), migration="free").rows
-    for policy in (Static(), FlexGenStatic(), SingleTier(tier="LPDDR"), Greedy(), Hysteresis(), Hysteresis(horizon=0)):
+    for policy in (
+        Static(),
+        FlexGenStatic(),
+        SingleTier(tier="LPDDR"),
+        Greedy(),
+        Hysteresis(),
+        Hysteresis(horizon=0),
+        LookAhead(iterations=4),
+    ):
         rows = run(policy).rows
         assert (rows["tokens"] == optimum["tokens"]).all()
         assert (rows["decode_s"] >= optimum["decode_s"]).all()
@@ -148,13 +157,15 @@ def test_a_horizon_that_is_none_is_refused(horizon):
 
 def test_one_and_three_memories_are_planned_too():
     one = state_of(Service(system=LPDDR_ONLY_SYSTEM, llm=LLAMA2_70B), [(4, 4000)])
-    for policy in (Greedy(), Myopic(), SingleTier(), Hysteresis(), FlexGenStatic()):
+    for policy in (Greedy(), Myopic(), SingleTier(), Hysteresis(), FlexGenStatic(), LookAhead(), Shortlist()):
         assert [splits[0].counts for splits in policy.decide(one).splits] == [(8,), (8,), (64,)]
     service = Service(system=H2M2_CXL_SYSTEM, llm=LLAMA2_70B)
     three = state_of(service, [(64, 200_000)])
     assert Greedy().decide(three) == GreedyMapping().solve(three.problem).plan
     assert three.latency(Myopic().decide(three)) == PatternMapping().solve(three.problem).objective
     assert three.fits(Static(solver=PatternMapping()).decide(three))
+    for policy in (LookAhead(), Shortlist()):
+        assert policy.decide(three) == Myopic().decide(three)
 
 
 @given(st.data())
@@ -166,10 +177,119 @@ def test_decisions_do_not_depend_on_the_window(data):
     service = Service(system=system, llm=llm)
     assume(_plan_exists(service.tables([1], [12])))
     trace = h2m2_trace(data.draw(st.integers(0, 50)), batch=3, iterations=9, shortest=2, longest=12, mean_output=3.0)
-    policy = data.draw(st.sampled_from([Greedy(), Myopic(), Hysteresis(horizon=3)]))
+    policy = data.draw(st.sampled_from([Greedy(), Myopic(), Hysteresis(horizon=3), LookAhead(iterations=3), Shortlist(points=5)]))
     profile = data.draw(profiles)
     rows = []
     for window in (1, 7):
         result = replay(policy, trace, system, llm, batch_limit=3, profile=profile, window=window)
         rows.append(result.rows.drop(columns="decide_runtime_s"))
     np.testing.assert_array_equal(*(frame.to_numpy() for frame in rows))
+
+
+def served_by(data) -> tuple[Service, int]:
+    """A random machine with links that holds some tokens, and how many."""
+    llm = data.draw(dense_llms())
+    system = linked(data.draw(systems(Workload(llm=llm, batch=4, context=12), ample=data.draw(st.booleans()))))
+    service = Service(system=system, llm=llm, profile=data.draw(profiles))
+    assume(_plan_exists(service.tables([1], [4])))
+    return service, min(service.most_tokens(), 48)
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_look_ahead_of_one_iteration_without_migration_is_myopic(data):
+    service, most = served_by(data)
+    steps = [(data.draw(st.integers(1, 4)), data.draw(st.integers(1, most))), (4, most)]
+    previous = TableMapping().solve(service.problem(4, most)).unwrap()
+    state = state_of(service, steps, previous=data.draw(st.sampled_from([None, previous])))
+    assert LookAhead(iterations=1, migration=False).decide(state) == Myopic().decide(state)
+
+
+def look_ahead_seconds(state: PolicyState, coming: list[KernelMappingProblem], plan: KernelMappingPlan) -> float:
+    """Seconds of moving to a plan and keeping it; inf if it does not fit in the end."""
+    costs = [problem.evaluate(plan) for problem in coming]
+    return sum(cost.latency for cost in costs) + state.transition(plan).latency if all(cost.fits for cost in costs) else math.inf
+
+
+@given(st.data())
+@settings(max_examples=20)
+def test_look_ahead_finds_the_best_of_all_plans(data):
+    """Against enumeration; ``linked`` systems have no latency in their links, and ties may go to any of the best."""
+    service, most = served_by(data)
+    batch, ahead = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    tokens = data.draw(st.integers(1, most))
+    before = TableMapping().solve(service.problem(4, most)).unwrap()
+    state = state_of(service, [(batch, tokens), (4, most)], previous=before)
+    found = LookAhead(iterations=ahead).decide(state)
+    coming = [service.problem(batch, min(tokens + i * batch, most)) for i in range(ahead)]
+    number = math.prod(len(state.problem.splits(k)) for k in range(len(state.kinds)))
+    assume(number <= 1000)
+    least = min(look_ahead_seconds(state, coming, plan) for plan in all_plans(state.problem))
+    latencies = 4 * sum(tier.latency for tier in service.system.tiers) + 2 * sum(link.latency for link in service.system.links)
+    assert look_ahead_seconds(state, coming, found) <= least * (1 + 1e-9) + latencies
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_an_endless_shortlist_is_myopic_where_its_grid_has_the_iteration(data):
+    """On the grid (the last number of tokens, a full batch) its plan takes the seconds of the optimum, but for rounding of sums."""
+    service, most = served_by(data)
+    batch = data.draw(st.integers(1, 4))
+    state = state_of(service, [(batch, most)], previous=None)
+    for horizon in (math.inf, 2.0):
+        plan = Shortlist(horizon=horizon, points=4).decide(state)
+        assert state.fits(plan)
+        assert state.latency(plan) == pytest.approx(state.latency(Myopic().decide(state)), rel=1e-12)
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_shortlist_keeps_to_its_rule(data):
+    """Of its list, the plan that ``latency`` and ``transition`` say is best, from any plan that was in force."""
+    service, most = served_by(data)
+    steps = [(data.draw(st.integers(1, 4)), data.draw(st.integers(1, most))), (4, most)]
+    policy = Shortlist(horizon=data.draw(st.sampled_from([0.5, 8.0, math.inf])), points=6)
+    alone = state_of(service, steps)
+    listed = policy.listed(alone).plans
+    outsider = alone.window.plan([[0, kind.slices] for kind in alone.kinds])
+    state = replace(alone, previous=data.draw(st.sampled_from([*listed, outsider])))
+
+    def seconds(plan: KernelMappingPlan) -> float:
+        return state.latency(plan) + state.transition(plan).latency / policy.horizon if state.fits(plan) else math.inf
+
+    assert seconds(policy.decide(state)) == pytest.approx(min(map(seconds, listed)), rel=1e-12)
+    if state.previous in listed and seconds(state.previous) < (1 - 1e-12) * min(seconds(p) for p in listed if p != state.previous):
+        assert policy.decide(state) is policy.decide(replace(state, previous=replace(state.previous)))
+
+
+def test_both_beat_greedy_on_the_published_setting_and_move_less():
+    trace = h2m2_trace(0)
+    greedy = run(Greedy(), trace)
+    for policy in (LookAhead(iterations=8), Shortlist()):
+        found = run(policy, trace)
+        assert found.summary["throughput_tok_per_s"] > greedy.summary["throughput_tok_per_s"]
+        assert found.summary["migration_GB"] < greedy.summary["migration_GB"]
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: LookAhead(iterations=0), "iterations"),
+        (lambda: LookAhead(iterations=1.5), "iterations"),
+        (lambda: Shortlist(horizon=0), "horizon"),
+        (lambda: Shortlist(horizon=math.nan), "horizon"),
+        (lambda: Shortlist(points=1), "points"),
+    ],
+)
+def test_settings_that_are_none_are_refused(make, what):
+    with pytest.raises(ValueError, match=what):
+        make()
+
+
+def test_a_shortlist_is_made_anew_for_another_machine():
+    """One value may serve several replays, one after the other, and says the same as a new one."""
+    policy = Shortlist()
+    half = H2M2_SYSTEM.with_tier("HBM", capacity=48e9)
+    first, other, again = (run(policy, system=system).rows["plan"].tolist() for system in (H2M2_SYSTEM, half, H2M2_SYSTEM))
+    assert first == again != other
+    assert other == run(Shortlist(), system=half).rows["plan"].tolist()

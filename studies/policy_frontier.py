@@ -1,0 +1,168 @@
+"""What does a better online policy cost: how long it takes to decide, and how much it moves, against its regret?
+
+Policies with their settings varied serve traces that are all there from the start, one iteration decided at a time (``window=1``, nothing
+is worked out for several iterations together). The regret is against the clairvoyant optimum, migration included. Decision times are those
+of this machine: columns that end in runtime_s differ from run to run, all others do not.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from memsplit import __version__
+from memsplit.dse import (
+    INTERRUPTED,
+    Objective,
+    beside,
+    finished_rows,
+    non_dominated,
+    plot_lines,
+    replay,
+    show,
+    study_arguments,
+    write_csv,
+)
+from memsplit.dse.pareto import minimised
+from memsplit.dse.replay import against_optimum
+from memsplit.models import FIRST_PRINCIPLES, LLMConfig, Trace, h2m2_trace, poisson_trace, uniform_trace
+from memsplit.models.presets import CHINCHILLA_70B, GPT3_175B, H2M2_SYSTEM, LLAMA3_1_70B
+from memsplit.solvers import FlexGenStatic, Greedy, Hysteresis, Myopic, Policy, Static
+from memsplit.solvers.policies import LookAhead, Shortlist
+
+HORIZONS = (0.5, 2.0, 8.0, 32.0, 128.0, math.inf)
+AHEAD = (1, 2, 4, 8, 16, 32)
+
+
+def policies(*, quick: bool) -> dict[tuple[str, float | None], Policy]:
+    """What is compared, by name and setting."""
+    horizons, ahead = (HORIZONS[1::2], AHEAD[1::2]) if quick else (HORIZONS, AHEAD)
+    found: dict[tuple[str, float | None], Policy] = {
+        ("flexgen", None): FlexGenStatic(),
+        ("static", None): Static(),
+        ("greedy", None): Greedy(),
+        ("myopic", None): Myopic(),
+    }
+    found |= {("hysteresis", horizon): Hysteresis(horizon=horizon) for horizon in horizons}
+    found |= {("look_ahead", float(number)): LookAhead(iterations=number) for number in ahead}
+    found |= {("shortlist", horizon): Shortlist(horizon=horizon) for horizon in horizons}
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A trace, drawn from a seed, on H2M2's machine."""
+
+    draw: Callable[[int], Trace]
+    llm: LLMConfig
+    batch: int
+
+
+CASES: dict[str, Case] = {
+    "h2m2": Case(draw=h2m2_trace, llm=GPT3_175B, batch=32),
+    "uniform": Case(
+        draw=lambda seed: uniform_trace(40, prompt_tokens=(256, 1536), output_tokens=(16, 96), seed=seed), llm=GPT3_175B, batch=32
+    ),
+    "code": Case(draw=lambda seed: poisson_trace("code", 96, seed=seed), llm=CHINCHILLA_70B, batch=32),
+    "long-document": Case(draw=lambda seed: poisson_trace("long-document", 24, seed=seed), llm=LLAMA3_1_70B, batch=24),
+}
+QUICK: dict[str, Case] = {"h2m2, 24 iterations": Case(draw=lambda seed: h2m2_trace(seed, iterations=24), llm=GPT3_175B, batch=32)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study: one row for each policy, setting and trace."""
+    arguments = study_arguments(__doc__ or "", argv, default_out="policy_frontier.csv")
+    pictures = beside(arguments.out, "_moved.png", "_decided.png")
+    cases = QUICK if arguments.quick else CASES
+    compared = policies(quick=arguments.quick)
+    finished, interrupted = finished_rows(measured(name, case, compared, arguments.seed) for name, case in cases.items())
+    frame = pd.DataFrame([row for rows in finished for row in rows])
+    llms = {case.llm.name: case.llm for case in cases.values()}
+    write_csv(arguments.out, frame, provenance={"system": H2M2_SYSTEM, "llms": llms, "profile": FIRST_PRINCIPLES})
+    summary = summarise(frame)
+    draw(summary, pictures)
+    print("Written:", ", ".join(map(str, (arguments.out, *pictures))))
+    if interrupted:
+        return INTERRUPTED
+    show(summary, title="Mean over traces", rows=60)
+    print()
+    print(meaning(summary))
+    return 0
+
+
+def measured(name: str, case: Case, compared: dict[tuple[str, float | None], Policy], seed: int) -> list[dict[str, Any]]:
+    """The rows of one trace. The first decision, which may prepare what all others use, stands on its own."""
+    trace = case.draw(seed)
+    named = {f"{policy} {setting}": (policy, setting, settings) for (policy, setting), settings in compared.items()}
+    runs = {
+        text: replay(settings, trace, H2M2_SYSTEM, case.llm, batch_limit=case.batch, prefill=False, window=1)
+        for text, (_, _, settings) in named.items()
+    }
+    against = against_optimum(runs)
+    rows = []
+    for text, (policy, setting, _) in named.items():
+        run, found = runs[text], against.get(text)
+        if found is None or run.stopped:
+            continue
+        decided = run.rows["decide_runtime_s"]
+        rows.append(
+            {"policy": policy, "setting": setting, "trace": name, "system": H2M2_SYSTEM.name, "llm": case.llm.name}
+            | {"profile": FIRST_PRINCIPLES.name, "seed": seed, "iterations": len(run.rows)}
+            | {column: run.summary[column] for column in ("throughput_tok_per_s", "tpot_p50_s", "tpot_p99_s", "migrations")}
+            | {"migration_GB": run.summary["migration_GB"], "migration_share": run.summary["migration_s"] / run.busy}
+            | {"regret_lower": found.regret.lower, "regret_upper": found.regret.upper, "informative": found.regret.informative}
+            | {"version": __version__, "first_runtime_s": decided.iloc[0]}
+            | {f"decide_p{p}_runtime_s": decided.iloc[1:].quantile(p / 100) for p in (50, 99)}
+        )
+    return rows
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """One line for each policy and setting: means over the traces that it served to the end, and whether nothing moves less and regrets
+    less (``on_front``)."""
+    columns = ["regret_upper", "migration_GB", "migration_share", "decide_p50_runtime_s", "decide_p99_runtime_s", "first_runtime_s"]
+    grouped = frame.groupby(["policy", "setting"], sort=False, dropna=False)
+    table = grouped[columns].mean().assign(traces=grouped.size()).reset_index()
+    objectives = [Objective("regret_upper"), Objective("migration_GB")]
+    return table.assign(on_front=non_dominated(minimised(table, objectives)))
+
+
+def draw(summary: pd.DataFrame, pictures: Sequence[Any]) -> None:
+    """Regret against what is moved, and against the time to decide."""
+    titles = ("Regret against what is moved", "Regret against the time of a decision")
+    shown = summary.assign(regret_percent=100 * summary["regret_upper"])
+    shown = shown[shown["regret_percent"] < 10]
+    for path, x, title in zip(pictures, ("migration_GB", "decide_p50_runtime_s"), titles, strict=True):
+        plot_lines(shown, path, x=x, y="regret_percent", by="policy", title=title)
+
+
+def meaning(summary: pd.DataFrame) -> str:
+    """What the table says, in a few lines."""
+    lines = []
+    greedy = summary[summary["policy"] == "greedy"].iloc[0]
+    for policy, part in summary.groupby("policy", sort=False):
+        best = part.sort_values("regret_upper").iloc[0]
+        setting = "" if pd.isna(best["setting"]) else f" with {best['setting']:g} iterations"
+        lines.append(
+            f"{policy}{setting}: regret {best['regret_upper']:.3%}, moves {best['migration_GB']:.3g} GB, decides in "
+            f"{best['decide_p50_runtime_s'] * 1e6:.3g} us (99 of 100 in {best['decide_p99_runtime_s'] * 1e6:.3g} us)."
+        )
+    best = summary[summary["policy"] == "shortlist"].sort_values("regret_upper").iloc[0]
+    lines.append(
+        f"shortlist prepares its list once in {best['first_runtime_s'] * 1e3:.3g} ms; it then decides "
+        f"{greedy['decide_p50_runtime_s'] / best['decide_p50_runtime_s']:.2g} times as fast as greedy, with "
+        f"{best['regret_upper'] / greedy['regret_upper']:.2%} of its regret."
+    )
+    front = summary[summary["on_front"]].sort_values("migration_GB")
+    named = ", ".join(f"{row['policy']}" + ("" if pd.isna(row["setting"]) else f" {row['setting']:g}") for _, row in front.iterrows())
+    lines.append(f"Nothing both moves less and regrets less than: {named}.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
