@@ -64,7 +64,7 @@ class Grid:
     def sample(self) -> tuple[NDArray[np.int64], Columns]:
         """Rows in which every value of every column occurs, the others at their first, and their columns."""
         rows, stride = [np.zeros(1, dtype=np.int64)], 1
-        for values in reversed(self.axes.values()):
+        for values in reversed(list(self.axes.values())):
             rows.append(np.arange(1, len(values)) * stride)
             stride *= len(values)
         found = np.unique(np.concatenate(rows))
@@ -72,7 +72,7 @@ class Grid:
 
     def _some(self, rows: NDArray[np.int64]) -> Columns:
         found: Columns = {}
-        for name in reversed(self.axes):
+        for name in reversed(list(self.axes)):
             rows, which = np.divmod(rows, len(self.axes[name]))
             found[name] = _array(self.axes[name])[which]
         return {name: found[name] for name in self.axes}

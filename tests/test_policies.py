@@ -196,7 +196,7 @@ def served_by(data) -> tuple[Service, int]:
 
 
 @given(st.data())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_look_ahead_of_one_iteration_without_migration_is_myopic(data):
     service, most = served_by(data)
     steps = [(data.draw(st.integers(1, 4)), data.draw(st.integers(1, most))), (4, most)]
@@ -212,7 +212,7 @@ def look_ahead_seconds(state: PolicyState, coming: list[KernelMappingProblem], p
 
 
 @given(st.data())
-@settings(max_examples=20)
+@settings(max_examples=15)
 def test_look_ahead_finds_the_best_of_all_plans(data):
     """Against enumeration; ``linked`` systems have no latency in their links, and ties may go to any of the best."""
     service, most = served_by(data)
@@ -230,7 +230,7 @@ def test_look_ahead_finds_the_best_of_all_plans(data):
 
 
 @given(st.data())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_an_endless_shortlist_is_myopic_where_its_grid_has_the_iteration(data):
     """On the grid (the last number of tokens, a full batch) its plan takes the seconds of the optimum, but for rounding of sums."""
     service, most = served_by(data)
@@ -243,7 +243,7 @@ def test_an_endless_shortlist_is_myopic_where_its_grid_has_the_iteration(data):
 
 
 @given(st.data())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_shortlist_keeps_to_its_rule(data):
     """Of its list, the plan that ``latency`` and ``transition`` say is best, from any plan that was in force."""
     service, most = served_by(data)
@@ -258,8 +258,7 @@ def test_shortlist_keeps_to_its_rule(data):
         return state.latency(plan) + state.transition(plan).latency / policy.horizon if state.fits(plan) else math.inf
 
     assert seconds(policy.decide(state)) == pytest.approx(min(map(seconds, listed)), rel=1e-12)
-    if state.previous in listed and seconds(state.previous) < (1 - 1e-12) * min(seconds(p) for p in listed if p != state.previous):
-        assert policy.decide(state) is policy.decide(replace(state, previous=replace(state.previous)))
+    assert policy.decide(state) == policy.decide(replace(state, previous=replace(state.previous)))  # equal, and not the same object
 
 
 def test_both_beat_greedy_on_the_published_setting_and_move_less():

@@ -1,0 +1,135 @@
+"""Online regret: each replay against the optimum of its own schedule, with ends that hold."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from memsplit.dse.replay import against_optimum, replay
+from memsplit.models import KernelMappingPlan, fixed_trace, h2m2_trace, poisson_trace
+from memsplit.models.presets import GPT3_175B, H2M2_SYSTEM, LLAMA3_1_70B
+from memsplit.solvers import Greedy, Hysteresis, Myopic, Static, Status
+from memsplit.solvers.policies import LookAhead, Shortlist
+from memsplit.studies import online_regret as study
+
+COLUMNS = {"policy", "trace", "system", "seed", "throughput_tok_per_s", "tpot_p50_s", "tpot_p99_s", "migration_GB", "migrations"}
+COLUMNS |= {"regret_lower", "regret_upper", "competitive_ratio", "informative", "decide_mean_runtime_s", "profile", "version"}
+
+ROUNDING = 1e-9
+"""Relative difference of seconds that are added up in another order, some hundred terms."""
+
+POLICIES = {"static": Static(), "greedy": Greedy(), "myopic": Myopic(), "hysteresis": Hysteresis(), "shortlist": Shortlist()}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    assert study.main(["--quick", "--seed", "1", "--out", str(folder / "regret.csv")]) == 0
+    for ending in ("memory", "plan", "behind"):
+        assert (folder / f"regret_{ending}.png").stat().st_size > 10_000
+    return pd.read_csv(folder / "regret.csv", keep_default_na=False, na_values=[""])
+
+
+def test_every_policy_has_a_row_for_every_trace(table):
+    assert set(table.columns) >= COLUMNS
+    assert len(table) == len(study.QUICK) * len(study.POLICIES) + 1
+    assert set(table["policy"]) == {*study.POLICIES, study.HARDWARE_CACHE}
+    assert table[table["policy"] == study.HARDWARE_CACHE]["regret_upper"].isna().all()
+
+
+def test_regret_is_at_least_zero_and_its_upper_end_not_below_its_lower(table):
+    known = table.dropna(subset=["regret_upper"])
+    assert len(known) == len(study.QUICK) * len(study.POLICIES)
+    assert (known["regret_lower"] >= -ROUNDING).all()
+    assert (known["regret_upper"] >= known["regret_lower"]).all()
+    assert (known["competitive_ratio"] == 1 + known["regret_upper"]).all()
+    assert (known["bound_s"] <= known["optimum_s"]).all()
+    assert (known["busy_s"] >= known["bound_s"]).all()
+
+
+def test_one_schedule_has_one_optimum(table):
+    """All policies where requests are there from the start."""
+    for name, part in table.dropna(subset=["optimum_s"]).groupby("trace"):
+        assert part["optimum_s"].nunique() == 1 or "arriving" in str(name)
+
+
+def test_ctrl_c_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
+    original, calls = study.measured, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(study, "measured", interrupted)
+    out = tmp_path / "regret.csv"
+    assert study.main(["--quick", "--out", str(out)]) == study.INTERRUPTED
+    assert "1 finished parts are kept" in capsys.readouterr().err
+    assert len(pd.read_csv(out)) == len(study.POLICIES) + 1
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+def test_the_optimum_prices_a_replays_plans_as_the_replay_did(prefill):
+    """With arrivals, prefills and idle time, and a policy that moves."""
+    trace = poisson_trace("long-document", 12, rate=0.2, seed=3)
+    run = replay(Greedy(), trace, H2M2_SYSTEM, LLAMA3_1_70B, batch_limit=8, prefill=prefill, iterations=200)
+    problem = run.clairvoyant()
+    cost = problem.evaluate(problem.path(run.plans))
+    assert len(run.plans) == len(run.prompts) == problem.iterations == 200
+    assert any(run.prompts) == prefill
+    assert cost.latency == pytest.approx(run.busy, rel=ROUNDING)
+    assert cost.migration == pytest.approx(run.rows["migration_s"].sum(), rel=ROUNDING)
+    assert run.summary["duration_s"] == pytest.approx(run.busy + run.rows["clock_s"].iloc[-1] - run.busy - trace.arrived_at[0])
+
+
+def test_the_optimum_of_gpt3_is_exact_and_nobody_beats_it():
+    trace = h2m2_trace(2, iterations=32)
+    runs = {name: replay(policy, trace, H2M2_SYSTEM, GPT3_175B, batch_limit=32, prefill=False) for name, policy in POLICIES.items()}
+    against = against_optimum(runs)
+    assert list(against) == list(runs)
+    assert {found.optimum.status for found in against.values()} == {Status.OPTIMAL}
+    for name, found in against.items():
+        assert found.regret.lower >= -ROUNDING
+        assert found.regret.upper >= found.regret.lower
+        assert found.regret.informative
+        assert found.problem.evaluate(found.optimum.plan).latency <= runs[name].busy * (1 + ROUNDING)
+
+
+def test_other_schedules_have_their_own_optima():
+    """A policy that is slower sees other batches where requests arrive later."""
+    trace = fixed_trace(6, prompt_tokens=16_000, output_tokens=12, interval=0.15)
+    runs = {
+        name: replay(policy, trace, H2M2_SYSTEM, LLAMA3_1_70B, batch_limit=6, prefill=False)
+        for name, policy in {"all": Static(), "look_ahead": LookAhead(iterations=4)}.items()
+    }
+    runs["slow"] = replay(Far(), trace, H2M2_SYSTEM, LLAMA3_1_70B, batch_limit=6, prefill=False)
+    against = against_optimum(runs)
+    assert against["slow"].problem is not against["look_ahead"].problem
+    assert against["slow"].optimum.objective == against["slow"].problem.evaluate(against["slow"].optimum.plan).latency
+    assert runs["slow"].rows["batch"].max() > runs["look_ahead"].rows["batch"].max()
+
+
+class Far:
+    """Everything in the second memory."""
+
+    def decide(self, state) -> KernelMappingPlan:
+        return state.window.plan([[0, kind.slices] for kind in state.kinds])
+
+
+def test_what_has_no_optimum_is_said():
+    trace = fixed_trace(2, prompt_tokens=16, output_tokens=4)
+    run = replay(Static(), trace, H2M2_SYSTEM, LLAMA3_1_70B, batch_limit=2, prefill=False, migration="free")
+    with pytest.raises(ValueError, match=r"static: the optimum waits for migration.*'free'"):
+        against_optimum({"static": run})
+    with pytest.raises(ValueError, match="at least one iteration"):
+        replace(run, rows=run.rows[:0]).clairvoyant()
+    empty = replace(run, rows=run.rows[:0], migration="serial", plans=(), prompts=())
+    assert against_optimum({"static": empty}) == {}
+
+
+def test_the_study_says_what_it_means(table):
+    table = table.assign(stopped=table["stopped"].fillna(""))
+    lines = study.meaning(table).splitlines()
+    assert lines[0].startswith("shortlist is nearer to its optimum than greedy on")
+    assert any(line.startswith("The bound is informative") for line in lines)
