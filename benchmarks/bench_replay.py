@@ -9,7 +9,7 @@ from typing import Any
 from memsplit.dse.replay import replay
 from memsplit.models.presets import GPT3_175B, H2M2_SYSTEM, LLAMA2_70B, LPDDR_ONLY_SYSTEM
 from memsplit.models.trace import Trace, h2m2_trace, poisson_trace
-from memsplit.solvers.policies import FlexGenStatic, Greedy, Hysteresis, Myopic, Policy, SingleTier, Static
+from memsplit.solvers.policies import FlexGenStatic, Greedy, Hysteresis, LookAhead, Myopic, Policy, Shortlist, SingleTier, Static
 
 LONG = 100_000
 """Iterations of the long trace."""
@@ -43,7 +43,16 @@ def main() -> list[dict[str, Any]]:
 
     seconds = min(_cpu_seconds(arriving) for _ in range(3))
     rows.append(_row("replay, Myopic, Llama2-70B on H2M2, chat arrivals with prefill", steps / seconds, "it/s", None))
+    for policy, target in ((Greedy(), None), (Shortlist(), 100.0), (LookAhead(), None)):
+        name = f"a decision of {type(policy).__name__}, GPT3 on H2M2, one iteration at a time, median"
+        rows.append(_row(name, min(_decision(policy) for _ in range(3)) * 1e6, "us", target))
     return rows
+
+
+def _decision(policy: Policy) -> float:
+    """Median seconds of a decision after the first one, by the clock."""
+    found = replay(policy, h2m2_trace(0), H2M2_SYSTEM, GPT3_175B, batch_limit=32, prefill=False, window=1)
+    return float(found.rows["decide_runtime_s"].iloc[1:].median())
 
 
 def _served(policy: Policy, trace: Trace, system: Any = H2M2_SYSTEM) -> None:

@@ -10,12 +10,12 @@ from .explore import Constraint, explore
 from .mapping_score import MappingScore
 from .mapping_sweep import MappingSweep
 from .offload_score import OffloadScore
-from .pareto import Objective, hypervolume, non_dominated, pareto
+from .pareto import Objective, hypervolume, minimised, non_dominated, pareto
 from .plan_score import PlanScore
 from .plots import plot_front, plot_lines
 from .ratio_sweep import RatioSweep
 from .record import record
-from .replay import Migration, Replay, replay
+from .replay import Against, Migration, Replay, against_optimum, replay
 from .rerun import explain_row, rerun
 from .samplers import GP, NSGA2, NSGA3, QMC, SAMPLERS, TPE, RandomSearch, Sampler, sampler_named
 from .speedup import H2M2_SWEEPS, Method, h2m2_methods, speedups
@@ -34,6 +34,7 @@ __all__ = [
     "QMC",
     "SAMPLERS",
     "TPE",
+    "Against",
     "Bottleneck",
     "BreakEven",
     "Constraint",
@@ -57,6 +58,7 @@ __all__ = [
     "SplitSweep",
     "StepSweep",
     "Worth",
+    "against_optimum",
     "beside",
     "break_even",
     "check_writable",
@@ -68,6 +70,7 @@ __all__ = [
     "from_json",
     "h2m2_methods",
     "hypervolume",
+    "minimised",
     "non_dominated",
     "pareto",
     "plot_front",

@@ -150,7 +150,7 @@ def replay(
     if unfinished and not stopped:
         stopped = f"stopped after {len(rows)} iterations, as asked; {unfinished} requests had not finished"
     # Where the iteration after the last finished one was interrupted, its plan is known and its row is not.
-    plans, prompts = (tuple(each[: len(rows)]) for each in (run.plans, run.prompts))
+    plans, prompts = tuple(run.plans[: len(rows)]), tuple(run.prompts[: len(rows)])
     frame = pd.DataFrame(rows, columns=run.columns())
     requests = _requests(trace, run.first_token, run.finished)
     known = {"policy": run.name, "trace": trace.name, "system": system.name, "llm": llm.name, "profile": profile.name}
@@ -216,17 +216,19 @@ def against_optimum(runs: Mapping[str, Replay]) -> dict[str, Against]:
     for names in groups.values():
         best = min(names, key=lambda name: runs[name].busy)
         problem = runs[best].clairvoyant()
-        include = (problem.path(runs[best].plans),)
+        paths = {name: problem.path(runs[name].plans) for name in names}
         solver: Solver
         if problem.plans <= FEW_PLANS:
             solver = DynamicProgramClairvoyant(counts=None)
         elif problem.iterations <= FEW_ITERATIONS:
-            solver = ExactClairvoyant(include=include)
+            solver = ExactClairvoyant(include=(paths[best],))
         else:
-            solver = DynamicProgramClairvoyant(include=include)
+            solver = DynamicProgramClairvoyant(include=(paths[best],))
         optimum = solver.solve(problem)
+        # Added up as the optimum is, and not as the replay's clock, so that equal plans have a regret of 0 in all digits.
+        seconds = {name: problem.evaluate(path).latency for name, path in paths.items()}
         for name in names:
-            own = regret(runs[name].busy, optimum, best=runs[best].busy)
+            own = regret(seconds[name], optimum, best=min(seconds.values()))
             found[name] = Against(problem=problem, optimum=optimum, regret=own)
     return {name: found[name] for name in runs if name in found}
 

@@ -11,7 +11,7 @@ from .kernel_mapping_front import FrontPlan, front_of_designs, latency_energy_fr
 from .kernel_mapping_heuristics import FlexGenMapping, GreedyMapping, MajorMapping, NaiveMapping, SingleTierMapping, UniformMapping
 from .mini_batches import CpSatBatches, FirstComeBatches, GreedyRatioBatches, MilpBatches
 from .placement import CharnesCooperPlacement, FixedPlacement, FlexGenPlacement, PulpPlacement
-from .policies import FlexGenStatic, Greedy, Hysteresis, Myopic, Policy, SingleTier, Static
+from .policies import FlexGenStatic, Greedy, Hysteresis, LookAhead, Myopic, Policy, Shortlist, SingleTier, Static
 from .recompute_split import ClosedFormSplit, CpSatSplit, EnumerationSplit, FixedShareSplit, MilpSplit
 from .recompute_split_batch import SplitSolutions, solve_splits
 from .result import Solver, SolverResult, Status
@@ -42,6 +42,7 @@ __all__ = [
     "GreedyRatioBatches",
     "HybridServeRatio",
     "Hysteresis",
+    "LookAhead",
     "LpRatio",
     "MajorMapping",
     "MilpBatches",
@@ -56,6 +57,7 @@ __all__ = [
     "PulpPlacement",
     "RatioSolutions",
     "Regret",
+    "Shortlist",
     "SingleFormRatio",
     "SingleTier",
     "SingleTierMapping",

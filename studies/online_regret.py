@@ -48,7 +48,7 @@ POLICIES: dict[str, Policy] = {
     "greedy": Greedy(),
     "myopic": Myopic(),
     "hysteresis": Hysteresis(),
-    "look_ahead": LookAhead(iterations=8),
+    "look_ahead": LookAhead(),
     "shortlist": Shortlist(),
 }
 """What is compared. ``greedy`` is H2M2's algorithm, without the page walks of its memory abstraction."""

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from memsplit.dse.replay import against_optimum, replay
-from memsplit.models import KernelMappingPlan, fixed_trace, h2m2_trace, poisson_trace
+from memsplit.models import LENGTHS, KernelMappingPlan, fixed_trace, h2m2_trace, poisson_trace
 from memsplit.models.presets import GPT3_175B, H2M2_SYSTEM, LLAMA3_1_70B
 from memsplit.solvers import Greedy, Hysteresis, Myopic, Static, Status
 from memsplit.solvers.policies import LookAhead, Shortlist
@@ -40,17 +40,18 @@ def test_every_policy_has_a_row_for_every_trace(table):
 def test_regret_is_at_least_zero_and_its_upper_end_not_below_its_lower(table):
     known = table.dropna(subset=["regret_upper"])
     assert len(known) == len(study.QUICK) * len(study.POLICIES)
-    assert (known["regret_lower"] >= -ROUNDING).all()
+    assert (known["regret_lower"] >= 0).all()  # all optima of the quick study are exact
     assert (known["regret_upper"] >= known["regret_lower"]).all()
     assert (known["competitive_ratio"] == 1 + known["regret_upper"]).all()
     assert (known["bound_s"] <= known["optimum_s"]).all()
-    assert (known["busy_s"] >= known["bound_s"]).all()
+    assert (known["busy_s"] >= known["bound_s"] * (1 - ROUNDING)).all()
+    assert known["busy_s"].to_numpy() == pytest.approx((known["optimum_s"] * (1 + known["regret_lower"])).to_numpy(), rel=ROUNDING)
 
 
 def test_one_schedule_has_one_optimum(table):
     """All policies where requests are there from the start."""
     for name, part in table.dropna(subset=["optimum_s"]).groupby("trace"):
-        assert part["optimum_s"].nunique() == 1 or "arriving" in str(name)
+        assert len(set(part["optimum_s"])) == 1 or "arriving" in str(name)
 
 
 def test_ctrl_c_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
@@ -71,16 +72,17 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("prefill", [False, True])
 def test_the_optimum_prices_a_replays_plans_as_the_replay_did(prefill):
-    """With arrivals, prefills and idle time, and a policy that moves."""
-    trace = poisson_trace("long-document", 12, rate=0.2, seed=3)
-    run = replay(Greedy(), trace, H2M2_SYSTEM, LLAMA3_1_70B, batch_limit=8, prefill=prefill, iterations=200)
+    """With arrivals, and with prefills or with time in which nothing runs."""
+    trace = poisson_trace(replace(LENGTHS["long-document"], longest_output=16), 12, rate=0.5, seed=3)
+    run = replay(Greedy(), trace, H2M2_SYSTEM, LLAMA3_1_70B, batch_limit=8, prefill=prefill)
     problem = run.clairvoyant()
     cost = problem.evaluate(problem.path(run.plans))
-    assert len(run.plans) == len(run.prompts) == problem.iterations == 200
+    assert len(run.plans) == len(run.prompts) == problem.iterations == len(run.rows)
     assert any(run.prompts) == prefill
     assert cost.latency == pytest.approx(run.busy, rel=ROUNDING)
     assert cost.migration == pytest.approx(run.rows["migration_s"].sum(), rel=ROUNDING)
-    assert run.summary["duration_s"] == pytest.approx(run.busy + run.rows["clock_s"].iloc[-1] - run.busy - trace.arrived_at[0])
+    idle = run.summary["duration_s"] - run.busy
+    assert idle > 1.0 or prefill
 
 
 def test_the_optimum_of_gpt3_is_exact_and_nobody_beats_it():
@@ -90,7 +92,7 @@ def test_the_optimum_of_gpt3_is_exact_and_nobody_beats_it():
     assert list(against) == list(runs)
     assert {found.optimum.status for found in against.values()} == {Status.OPTIMAL}
     for name, found in against.items():
-        assert found.regret.lower >= -ROUNDING
+        assert found.regret.lower >= 0
         assert found.regret.upper >= found.regret.lower
         assert found.regret.informative
         assert found.problem.evaluate(found.optimum.plan).latency <= runs[name].busy * (1 + ROUNDING)
@@ -107,7 +109,8 @@ def test_other_schedules_have_their_own_optima():
     against = against_optimum(runs)
     assert against["slow"].problem is not against["look_ahead"].problem
     assert against["slow"].optimum.objective == against["slow"].problem.evaluate(against["slow"].optimum.plan).latency
-    assert runs["slow"].rows["batch"].max() > runs["look_ahead"].rows["batch"].max()
+    assert runs["slow"].rows["batch"].tolist() != runs["look_ahead"].rows["batch"].tolist()
+    assert against["all"].problem is not against["slow"].problem
 
 
 class Far:
@@ -129,7 +132,6 @@ def test_what_has_no_optimum_is_said():
 
 
 def test_the_study_says_what_it_means(table):
-    table = table.assign(stopped=table["stopped"].fillna(""))
-    lines = study.meaning(table).splitlines()
+    lines = study.meaning(table.astype({"stopped": object}).fillna({"stopped": ""})).splitlines()
     assert lines[0].startswith("shortlist is nearer to its optimum than greedy on")
     assert any(line.startswith("The bound is informative") for line in lines)
