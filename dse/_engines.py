@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
@@ -70,6 +71,10 @@ def _price(job: Job, designs: Designs, start: int, stop: int, path: Path | None,
     return priced
 
 
+STARTS = 4
+"""How often processes are started anew before a sweep gives up."""
+
+
 class Pool:
     """Processes of this machine: one future a chunk, and a new pool when a worker dies."""
 
@@ -93,14 +98,15 @@ class Pool:
         """A new pool. A worker dies as well when it cannot import the score, or the script: ValueError if that was it."""
         score = self.task.job.score
         what = score if hasattr(score, "__qualname__") else type(score)
-        for attempt in range(2):
+        for attempt in range(STARTS):
+            time.sleep(0.3 * attempt)  # a server that is dying needs a moment
             self.executor.shutdown(cancel_futures=True)
             self.executor = self._started()
             try:
                 reason = self._asked(_import_error, what.__module__, what.__qualname__).result()
                 break
             except BrokenProcessPool:
-                if attempt:
+                if attempt == STARTS - 1:
                     raise ValueError(
                         'no other process could be started; a script must sweep under if __name__ == "__main__":, or with workers=1'
                     ) from None

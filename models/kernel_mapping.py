@@ -297,7 +297,7 @@ class KernelMappingProblem:
         if left < 0:
             return f"; the weights alone ({workload.weight_bytes / GB:.6g} GB at {workload.weight_bits:g} bits) do not fit"
         context = int(left / (workload.state_bytes / workload.context)) if workload.state_bytes else 0
-        return f", or serve a context of less than about {context + 1} instead of {workload.context} tokens at batch {workload.batch}"
+        return f", or serve a context of at most about {context} instead of {workload.context} tokens at batch {workload.batch}"
 
     def _by_layer(self, plan: KernelMappingPlan) -> list[NDArray[np.int64]]:
         self._check(plan)

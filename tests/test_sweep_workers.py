@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -110,6 +111,7 @@ def score(columns):
 """
 RUN = """
 import sys
+import types
 from memsplit.dse.sweep import Grid, sweep
 from memsplit.dse import write_csv
 from slow import score
@@ -240,16 +242,19 @@ def test_a_full_disk_ends_the_sweep_in_one_sentence_and_keeps_what_is_there(tmp_
     assert kept.items() <= {path.name: path.stat().st_ino for path in tmp_path.glob("c/rows*")}.items()
 
 
-def local(columns):
-    return {}
+def test_a_score_that_workers_cannot_import_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    """It stands in a module that exists in this process only."""
 
+    def score(columns):
+        return {}
 
-def test_a_score_that_workers_cannot_import_is_refused_in_one_sentence():
-    """Tests are in no package, so that this module is found here only."""
+    module = types.ModuleType("found_here_only")
+    score.__module__, score.__qualname__, module.score = module.__name__, "score", score
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     with pytest.raises(
         ValueError, match=r"^the score cannot be imported by other processes \(ModuleNotFoundError: No module named"
     ) as refusal:
-        sweep(GRID, local, chunk=CHUNK, workers=2)
+        sweep(GRID, score, chunk=CHUNK, workers=2)
     assert "\n" not in str(refusal.value)
 
 
