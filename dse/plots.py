@@ -56,7 +56,7 @@ def plot_front(
 ) -> Path:
     """Draw the front of ``frame`` as a PNG, whole or not at all, and return its path.
 
-    The axes are the first two objectives, logarithmic where values span more than a factor of 30; a third is the colour.
+    The axes are the first two objectives, logarithmic where values span more than a factor of 8; a third is the colour.
     The line joins the designs that nothing beats in the first two objectives. Other designs are grey: the rows of
     ``dominated``, and those of ``frame`` that are not on its front (column on_front of ``explore``, or else found here).
     """

@@ -16,8 +16,19 @@ import numpy as np
 import pandas as pd
 
 from memsplit import __version__
-from memsplit.dse import INTERRUPTED, Replay, beside, finished_rows, plot_lines, replay, show, study_arguments, write_csv
-from memsplit.dse.replay import Against, against_optimum
+from memsplit.dse import (
+    INTERRUPTED,
+    Against,
+    Replay,
+    against_optimum,
+    beside,
+    finished_rows,
+    plot_lines,
+    replay,
+    show,
+    study_arguments,
+    write_csv,
+)
 from memsplit.models import (
     FIRST_PRINCIPLES,
     LENGTHS,
@@ -33,8 +44,7 @@ from memsplit.models import (
 from memsplit.models.baselines import hierarchical
 from memsplit.models.presets import CHINCHILLA_70B, GPT3_175B, H2M2_SYSTEM, LLAMA3_1_70B
 from memsplit.models.units import GB
-from memsplit.solvers import FlexGenStatic, Greedy, Hysteresis, Myopic, Policy, SingleTier, Static
-from memsplit.solvers.policies import LookAhead, Shortlist
+from memsplit.solvers import FlexGenStatic, Greedy, Hysteresis, LookAhead, Myopic, Policy, Shortlist, SingleTier, Static
 
 SYSTEMS: tuple[System, ...] = (
     H2M2_SYSTEM,

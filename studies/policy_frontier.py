@@ -19,8 +19,10 @@ from memsplit import __version__
 from memsplit.dse import (
     INTERRUPTED,
     Objective,
+    against_optimum,
     beside,
     finished_rows,
+    minimised,
     non_dominated,
     plot_lines,
     replay,
@@ -28,12 +30,9 @@ from memsplit.dse import (
     study_arguments,
     write_csv,
 )
-from memsplit.dse.pareto import minimised
-from memsplit.dse.replay import against_optimum
 from memsplit.models import FIRST_PRINCIPLES, LLMConfig, Trace, h2m2_trace, poisson_trace, uniform_trace
 from memsplit.models.presets import CHINCHILLA_70B, GPT3_175B, H2M2_SYSTEM, LLAMA3_1_70B
-from memsplit.solvers import FlexGenStatic, Greedy, Hysteresis, Myopic, Policy, Static
-from memsplit.solvers.policies import LookAhead, Shortlist
+from memsplit.solvers import FlexGenStatic, Greedy, Hysteresis, LookAhead, Myopic, Policy, Shortlist, Static
 
 HORIZONS = (0.5, 2.0, 8.0, 32.0, 128.0, math.inf)
 AHEAD = (1, 2, 4, 8, 16, 32)
@@ -138,7 +137,7 @@ def draw(summary: pd.DataFrame, pictures: Sequence[Any]) -> None:
     shown = summary.assign(regret_percent=100 * summary["regret_upper"])
     shown = shown[shown["regret_percent"] < 10]
     for path, x, title in zip(pictures, ("migration_GB", "decide_p50_runtime_s"), titles, strict=True):
-        plot_lines(shown, path, x=x, y="regret_percent", by="policy", title=title)
+        plot_lines(shown, path, x=x, y="regret_percent", by="policy", title=title, markers_only=tuple(shown["policy"].unique()))
 
 
 def meaning(summary: pd.DataFrame) -> str:
