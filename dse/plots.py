@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,8 @@ _QUANTITIES = {
     "tokens": "throughput",
 }
 """What a column is called whose name is a unit by a unit and nothing else, as in usd_per_Mtok."""
+_PANELS = {"migration_GB": "moved\n[GB]", "behind_optimum_s": "behind the\noptimum [s]"}
+"""Columns of replays that have a panel of their own."""
 _LOG_FROM = 8.0  # largest over smallest value above which an axis is logarithmic
 
 _STYLE: dict[Any, Any] = {
@@ -125,18 +127,21 @@ def plot_lines(
     band: tuple[str, str] | None = None,
     band_label: str = "",
     markers_only: Collection[str] = (),
+    linear: Collection[str] = (),
 ) -> Path:
     """Draw column ``y`` against ``x``, a line for each value of ``by`` in order of appearance, as a PNG, whole or not at all.
 
     ``band``: columns of the lower and the upper end of a shaded range around each line, which the legend calls ``band_label``.
     ``markers_only``: names of lines whose points are not joined, as of a function that jumps between them. A line that runs exactly over
-    earlier ones is dashed, so that these are seen. The axes carry the units of the column names and
-    are logarithmic where values span more than a factor of 8. Rows without a number are left out. Returns the path.
+    earlier ones is dashed, so that these are seen. The axes carry the units of the column names and are logarithmic where values span more
+    than a factor of 8, but for the columns ``linear``, as numbers of slices. Rows without a number are left out. Returns the path.
     """
     if isinstance(markers_only, str):
         raise ValueError(f"markers_only must be a list of names of lines, as in [{markers_only!r}], not {markers_only!r}")
     if band_label and band is None:
         raise ValueError(f"band_label {band_label!r} names no band; give its two columns as band")
+    if isinstance(linear, str) or not set(linear) <= {x, y}:
+        raise ValueError(f"linear must be a list of the columns drawn, of {[x, y]}, not {linear!r}")
     frame = frame.dropna(subset=[x, y]).sort_values(x, kind="stable")
     if frame.empty:
         raise ValueError(f"no row has both {x!r} and {y!r}, so there is nothing to draw")
@@ -148,7 +153,8 @@ def plot_lines(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    axis_x, axis_y = (_Axis.of(Objective(name), frame[name].astype(float)) for name in (x, y))
+    found = (_Axis.of(Objective(name), frame[name].astype(float)) for name in (x, y))
+    axis_x, axis_y = (replace(axis, logarithmic=axis.logarithmic and name not in linear) for axis, name in zip(found, (x, y), strict=True))
     path = Path(path)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
@@ -186,6 +192,77 @@ def plot_lines(
             axes.legend(**legend)
         else:  # bands leave no room for it
             figure.legend(**legend, loc="outside lower center", ncols=min(4, len(handles)))
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=200)
+    return path
+
+
+def plot_replay(frames: Mapping[str, pd.DataFrame], path: str | Path, *, title: str, capacity: Mapping[str, float] | None = None) -> Path:
+    """Draw replays of one trace, by name of policy, iteration by iteration in panels one above the other, as a PNG, whole or not at all.
+
+    The panels are what each memory holds (columns <tier>_GB for the tiers of ``capacity`` [GB], which is dashed), the plan (columns
+    n_<kind>: slices in the first memory), what moved before each iteration (migration_GB, as bars), and, where some frame has it, how far
+    it is behind the optimum (behind_optimum_s). Frames are those of ``Replay.rows``. A frame that lacks a panel's column is left out of
+    that panel. Returns the path.
+    """
+    if not frames or any(frame.empty for frame in frames.values()):
+        raise ValueError("each replay must have at least one iteration, and there must be one replay; give the rows of replays")
+    listed = dict.fromkeys(str(column) for frame in frames.values() for column in frame)
+    if any("iteration" not in frame for frame in frames.values()):
+        raise ValueError("the frames must have the column 'iteration', as the rows of a replay")
+    rooms = dict(capacity or {})
+    lost = [f"{tier}_GB" for tier in rooms if f"{tier}_GB" not in listed]
+    if lost:
+        raise ValueError(f"capacity: no frame has the column {lost[0]!r}; give the tiers of the machine")
+    panels = [(f"{tier}_GB", f"in {tier} [GB]") for tier in rooms]
+    panels += [(column, f"{column.removeprefix('n_')} slices in\nfirst memory") for column in listed if column.startswith("n_")]
+    panels += [(column, label) for column, label in _PANELS.items() if column in listed]
+
+    if not panels:
+        raise ValueError("the frames have none of the columns n_<kind>, migration_GB, behind_optimum_s: there is nothing to draw")
+
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    path = Path(path)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 1.6 + 1.35 * len(panels)), layout="constrained")
+        stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (column, label) in zip(stack, panels, strict=True):
+            drawn = {name: frame for name, frame in frames.items() if column in frame}
+            for number, (name, frame) in enumerate(frames.items()):
+                if name not in drawn:
+                    continue
+                at, values = frame["iteration"].to_numpy(dtype=np.float64), frame[column].to_numpy(dtype=np.float64)
+                # Later lines are thinner and above, so that one that runs over another leaves its edges to be seen.
+                style: dict[str, Any] = {"color": _LINES[number % len(_LINES)], "zorder": 2 + number}
+                line = style | {"linewidth": 3.6 - 2.4 * number / max(len(frames) - 1, 1)}
+                if column == "migration_GB":  # side by side, so that none hides another
+                    width = 0.9 / len(drawn)
+                    shift = (list(drawn).index(name) - (len(drawn) - 1) / 2) * width
+                    axes.bar(at[values > 0] + shift, values[values > 0], width=width, linewidth=0.8, edgecolor=style["color"], **style)
+                elif column.startswith("n_"):
+                    axes.step(at, values, where="mid", **line)
+                else:
+                    axes.plot(at, values, **line)
+            tier = column.removesuffix("_GB")
+            if math.isfinite(rooms.get(tier, math.inf)):
+                axes.axhline(rooms[tier], color=_DARK, linestyle=(0, (4, 3)), linewidth=1)
+                axes.set_ylim(0, 1.08 * max(rooms[tier], *(float(frame[column].max()) for frame in drawn.values())))
+            elif column.startswith("n_"):
+                axes.set_ylim(bottom=-0.05 * axes.get_ylim()[1])
+            axes.set_ylabel(label, fontsize=9)
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=column.startswith("n_")))
+            axes.grid(color="#e9ebee", linewidth=0.8)
+        stack[-1].set_xlabel("iteration")
+        stack[0].set_title(title)
+        handles = [Line2D([], [], color=_LINES[i % len(_LINES)], linewidth=2, label=name) for i, name in enumerate(frames)]
+        if rooms:
+            handles.append(Line2D([], [], color=_DARK, linestyle=(0, (4, 3)), linewidth=1, label="capacity"))
+        figure.align_ylabels(list(stack))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), **_FRAMED)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=200)
     return path

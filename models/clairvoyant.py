@@ -31,7 +31,8 @@ from .checks import whole
 from .hardware import System
 from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, Split
 from .kernel_mapping_tables import KernelMappingTables, Kind
-from .roofline import Array, transfer_time
+from .paging import Way
+from .roofline import Array
 
 Counts = NDArray[np.int64]
 Path = tuple[int, ...]
@@ -119,28 +120,6 @@ class TableSteps:
         """Seconds [I] of the iterations of a path, and [I - 1] of the migrations before all but the first."""
         moved = [self.migration(i)[path[i - 1], path[i]] for i in range(1, len(path))]
         return self.stages[np.arange(len(path)), list(path)], np.array(moved, dtype=np.float64)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """A way between two memories: ``bandwidth`` [B/s] of its slowest part, ``latency`` [s] of all its parts."""
-
-    bandwidth: float
-    latency: float
-
-    @classmethod
-    def between(cls, system: System, source: str, target: str) -> Way:
-        """The way that ``paging.migration_time`` takes; ValueError if there is none."""
-        found = system.path(source, (target,))
-        if found is None:
-            raise ValueError(f"system {system.name!r}: no link leads from {source!r} to {target!r}; add one to migrate between them")
-        ends, links = (system.tier(source), system.tier(target)), found[1]
-        bandwidth = min(*(tier.bandwidth for tier in ends), *(link.bandwidth * link.efficiency for link in links))
-        return cls(bandwidth=bandwidth, latency=sum(tier.latency for tier in ends) + sum(link.latency for link in links))
-
-    def seconds(self, nbytes: ArrayLike) -> Array:
-        """Seconds to move ``nbytes``; none take none."""
-        return transfer_time(nbytes, self.bandwidth, self.latency)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

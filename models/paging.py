@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -9,6 +13,8 @@ from .hardware import System
 from .roofline import Array, transfer_time
 
 Pages = NDArray[np.int64]
+Directions = Literal["one", "both"]
+"""Whether data migrate in one direction at a time, or in both."""
 
 MOST_BYTES = 2.0**62
 """Bytes beyond it, also infinitely many, are counted as so many: they fit an int64."""
@@ -43,20 +49,66 @@ def page_walk_time(pages: ArrayLike, walk: ArrayLike, walks: ArrayLike, tlb_entr
     return np.where(pages > tlb_entries, pages * np.asarray(walk, dtype=np.float64) / np.asarray(walks, dtype=np.float64), 0.0)
 
 
-def migration_time(system: System, moved: dict[tuple[str, str], float]) -> float:
-    """Seconds to move ``moved[source, target]`` bytes between tiers, one move after the other.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A way between two memories: ``bandwidth`` [B/s] of its slowest part, ``latency`` [s] of all its parts."""
 
-    Each takes the nearest path of links and runs at the slowest of the two tiers and the links. ValueError if two tiers are not
-    connected.
-    """
-    seconds = 0.0
-    for (source, target), nbytes in moved.items():
+    bandwidth: float
+    latency: float
+
+    @classmethod
+    def between(cls, system: System, source: str, target: str) -> Way:
+        """The nearest path of links, at the speed of the slowest of the two tiers and the links; ValueError if there is none."""
         found = system.path(source, (target,))
         if found is None:
             raise ValueError(f"system {system.name!r}: no link leads from {source!r} to {target!r}; add one to migrate between them")
-        links = found[1]
-        ends = (system.tier(source), system.tier(target))
+        ends, links = (system.tier(source), system.tier(target)), found[1]
         bandwidth = min(*(tier.bandwidth for tier in ends), *(link.bandwidth * link.efficiency for link in links))
-        latency = sum(tier.latency for tier in ends) + sum(link.latency for link in links)
-        seconds += float(transfer_time(nbytes, bandwidth, latency))
-    return seconds
+        return cls(bandwidth=bandwidth, latency=sum(tier.latency for tier in ends) + sum(link.latency for link in links))
+
+    def seconds(self, nbytes: ArrayLike) -> Array:
+        """Seconds to move ``nbytes``; none take none."""
+        return transfer_time(nbytes, self.bandwidth, self.latency)
+
+
+def migration_time(system: System, moved: dict[tuple[str, str], float], directions: Directions = "one") -> float:
+    """Seconds to move ``moved[source, target]`` bytes between tiers, each along its ``Way``; ValueError if two tiers are not connected.
+
+    ``directions`` "one": one move after the other. "both": what goes to earlier tiers and what goes to later ones pass each other, and the
+    longer of the two counts (links are full duplex; that the memories read and write at once at full speed is an assumption).
+    """
+    order = system.tier_names
+    up = down = 0.0
+    for (source, target), nbytes in moved.items():
+        seconds = float(Way.between(system, source, target).seconds(nbytes))
+        if directions == "both" and order.index(target) > order.index(source):
+            down += seconds
+        else:
+            up += seconds
+    return max(up, down)
+
+
+def slices_fit(pages: Sequence[Pages], room: Pages) -> bool:
+    """Whether tensors can be cut so that all slices find room: ``pages[k]`` [T, N+1] of n slices of tensor k on each memory, ``room`` [T].
+
+    Exact for one and two memories; for more, whether filling one after the other succeeds.
+    """
+    if len(room) != 2:
+        left = [held.shape[1] - 1 for held in pages]
+        for t, free in enumerate(room.tolist()):
+            for k, held in enumerate(pages):
+                most = min(int(np.searchsorted(held[t], free, side="right")) - 1, left[k])
+                left[k] -= most
+                free -= int(held[t, most])
+        return not any(left)
+    halves = []
+    for part in (pages[: len(pages) // 2], pages[len(pages) // 2 :]):
+        sums = np.zeros((2, 1), dtype=np.int64)
+        for held in part:
+            sums = (sums[:, :, None] + np.stack([held[0], held[1, ::-1]])[:, None, :]).reshape(2, -1)
+        halves.append(sums)
+    (first, second), (other_first, other_second) = halves
+    order = np.argsort(other_first, kind="stable")
+    least = np.minimum.accumulate(other_second[order])
+    found = np.searchsorted(other_first[order], room[0] - first, side="right") - 1
+    return bool(np.any((found >= 0) & (second + least[np.maximum(found, 0)] <= room[1])))

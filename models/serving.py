@@ -20,10 +20,11 @@ from numpy.typing import ArrayLike
 
 from .checks import whole
 from .hardware import System
-from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, Split, TransitionCost, moves
+from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, Split, TransitionCost
 from .kernel_mapping_tables import Granularity, KernelMappingTables, Kind, Side, lanes_of, sublayers_of
 from .llm import LLMConfig
-from .paging import Pages, migration_time, page_walk_time
+from .migration import Counts, Duplicates, Residency, counts_of, transition_between
+from .paging import Directions, Pages, migration_time, page_walk_time, slices_fit
 from .profiles import FIRST_PRINCIPLES, Profile
 from .roofline import Array
 from .systems import as_systems
@@ -194,19 +195,36 @@ class Service:
         """Where to put the slices for that step."""
         return KernelMappingProblem.build(self.system, self.workload(batch, tokens), profile=self.profile, granularity=self.granularity)
 
-    def prefill(self, prompt: int) -> KernelMappingProblem:
-        """The pass of one prompt of so many tokens through the LLM."""
-        workload = replace(self.workload(1, 1), phase="prefill", context=prompt, state_tokens=None)
-        return KernelMappingProblem.build(self.system, workload, profile=self.profile, granularity=self.granularity)
+    def prompt(self, tokens: int) -> Workload:
+        """The pass of one prompt through the LLM."""
+        return replace(self.workload(1, 1), phase="prefill", context=tokens, state_tokens=None)
 
-    def prefill_time(self, prompt: int, plan: KernelMappingPlan) -> float:
-        """Seconds of that pass with weights and state where ``plan`` puts them."""
-        found = self._kept.get(("prefill", prompt))
+    def prefill(self, prompt: int) -> KernelMappingProblem:
+        """Where to put the slices for the pass of one prompt of so many tokens; some hundreds are kept."""
+        found: KernelMappingProblem | None = self._kept.get(("prefill", prompt))
         if found is None:
             if len(self._kept) > 1024:
                 self._kept.clear()
-            found = self._kept[("prefill", prompt)] = self.prefill(prompt)
-        return float(found.evaluate(plan).latency)
+            found = KernelMappingProblem.build(self.system, self.prompt(prompt), profile=self.profile, granularity=self.granularity)
+            self._kept[("prefill", prompt)] = found
+        return found
+
+    def prefill_time(self, prompt: int, plan: KernelMappingPlan) -> float:
+        """Seconds of that pass with weights and state where ``plan`` puts them."""
+        return self.prefill(prompt).evaluate(plan).latency
+
+    def prefill_seconds(self, prompt: int) -> Array:
+        """Seconds [K, N+1] a layer of that pass with n slices on the first of two memories, inf beyond a kind's slices."""
+        key = ("prefill seconds", prompt)
+        if key not in self._kept:
+            self._kept[key] = self.prefill(prompt).tables.two_way()[0][0]
+        seconds: Array = self._kept[key]
+        return seconds
+
+    @property
+    def read_only(self) -> tuple[bool, ...]:
+        """Of each kind of sublayer, whether it reads weights alone: those can have duplicates."""
+        return tuple(not any(kernel.state_bytes for kernel in parts) for _, parts in sublayers_of(self.workload(1, 1), self.granularity))
 
     def tables(self, batch: ArrayLike, tokens: ArrayLike) -> KernelMappingTables:
         """Tables of D decode steps of ``batch`` [D] requests that hold ``tokens`` [D]; equal to those of the single problems bit for bit.
@@ -279,10 +297,9 @@ class Service:
         other is filled, which is at most some slices below the exact number. ValueError if not even one token fits.
         """
         room = sum(tier.capacity for tier in self.system.tiers)
-        low, high = 0, int(room / (self.llm.num_hidden_layers * self.llm.state_elements * self.kv_bits / 8)) + 2
+        low, high = 1, int(room / (self.llm.num_hidden_layers * self.llm.state_elements * self.kv_bits / 8)) + 2
         if not _plan_exists(self.tables([1], [1])):
             raise ValueError(f"{self.llm.name} on {self.system.name}: {self.problem(1, 1).explain_infeasible()}")
-        low = 1
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if _plan_exists(self.tables([1], [middle])) else (low, middle)
@@ -348,14 +365,14 @@ class StepWindow:
 
     def latency(self, plan: KernelMappingPlan, row: int) -> float:
         """Seconds of the decode step: ``problem(row).evaluate(plan).latency``; ValueError if it is no plan of this problem."""
-        counts = self._counts(plan)
+        counts = self.counts(plan)
         if counts is None:
             return self.problem(row).evaluate(plan).latency
         return float(self._priced(counts)[0][row])
 
     def held(self, plan: KernelMappingPlan, row: int) -> Pages:
         """Pages [T] on each tier."""
-        counts = self._counts(plan)
+        counts = self.counts(plan)
         if counts is None:
             cost = self.problem(row).evaluate(plan)
             whole_pages: Pages = np.array(cost.tier_bytes, dtype=np.float64).astype(np.int64) // self.tables.page[row]
@@ -363,40 +380,27 @@ class StepWindow:
         pages: Pages = self._priced(counts)[1][row]
         return pages
 
-    def transition(self, previous: KernelMappingPlan, plan: KernelMappingPlan, row: int) -> TransitionCost:
+    def transition(self, previous: KernelMappingPlan, plan: KernelMappingPlan, row: int, directions: Directions = "one") -> TransitionCost:
         """``problem(row).transition(previous, plan)``: bytes that change tier, at the tokens of this iteration, and seconds."""
         if previous == plan:
             return TransitionCost(moved={}, latency=0.0)
-        before, after = self._counts(previous), self._counts(plan)
+        before, after = self.counts(previous), self.counts(plan)
         if before is None or after is None:
-            return self.problem(row).transition(previous, plan)
-        names, moved = self.tables.tier_names, dict[tuple[str, str], float]()
-        kinds, tiers, pages = np.arange(len(before))[:, None], np.arange(len(names)), self.tables.pages[row]
-        change = (pages[kinds, tiers, after] - pages[kinds, tiers, before]) * self.tables.page[row]
-        for kind, layer, slices in zip(self.tables.kinds, change.tolist(), (after - before).tolist(), strict=True):
-            for source, target, nbytes in moves(layer, slices):
-                way = (names[source], names[target])
-                moved[way] = moved.get(way, 0.0) + nbytes * kind.layers
-        return TransitionCost(moved=moved, latency=migration_time(self.service.system, moved))
+            found = self.problem(row).transition(previous, plan)
+            return replace(found, latency=migration_time(self.service.system, found.moved, directions))
+        return transition_between(before, after, self.tables, row, system=self.service.system, directions=directions)
 
     def plan(self, counts: Sequence[Sequence[int]]) -> KernelMappingPlan:
         """The plan with ``counts[k][t]`` slices in every layer of kind k."""
         rows = zip(self.tables.kinds, counts, strict=True)
         return KernelMappingPlan(splits=tuple((Split(layers=kind.layers, counts=tuple(row)),) for kind, row in rows))
 
-    def _counts(self, plan: KernelMappingPlan) -> Index | None:
+    def counts(self, plan: KernelMappingPlan) -> Counts | None:
         """Slices [K, T] of a plan that splits all layers of a kind alike and is one of this problem; None for others."""
         key = ("counts", plan)
         if key not in self._kept:
-            alike = len(plan.splits) == len(self.tables.kinds) and all(
-                len(splits) == 1
-                and splits[0].layers == kind.layers
-                and len(splits[0].counts) == len(self.tables.tier_names)
-                and sum(splits[0].counts) == kind.slices
-                for kind, splits in zip(self.tables.kinds, plan.splits, strict=True)
-            )
-            self._kept[key] = np.array([splits[0].counts for splits in plan.splits], dtype=np.int64) if alike else None
-        counts: Index | None = self._kept[key]
+            self._kept[key] = counts_of(plan, self.tables)
+        counts: Counts | None = self._kept[key]
         return counts
 
     def _priced(self, counts: Index) -> tuple[Array, Pages]:
@@ -420,7 +424,9 @@ class PolicyState:
 
     ``row`` is this iteration's in ``window``, which may hold later ones: a policy may work out several at once, for speed, but must not
     choose by what is to come. ``longest``: the problem of a full batch of requests as long as the longest one, or of as many tokens as fit,
-    for plans that are made once.
+    for plans that are made once. ``prompts``: the lengths of those that this iteration reads in a prefill, each alone, under its plan.
+    ``residency``: where the weights and their duplicates are, if these are kept; ``stayed``: the share of the tokens that ran before, whose
+    keys and values are to be moved then. ``directions``: as in ``migration_time``.
     """
 
     serving: ServingState
@@ -428,6 +434,10 @@ class PolicyState:
     window: StepWindow
     row: int
     longest: KernelMappingProblem
+    prompts: tuple[int, ...] = ()
+    residency: Residency | None = None
+    directions: Directions = "one"
+    stayed: float = 1.0
 
     @property
     def problem(self) -> KernelMappingProblem:
@@ -443,6 +453,15 @@ class PolicyState:
         """Seconds of this iteration's decode step under a plan."""
         return self.window.latency(plan, self.row)
 
+    def prefill(self, plan: KernelMappingPlan) -> float:
+        """Seconds of this iteration's prefills under a plan."""
+        return sum(self.window.service.prefill_time(prompt, plan) for prompt in self.prompts)
+
+    def prefill_seconds(self) -> Array | None:
+        """Seconds [K, N+1] a layer of these prefills with n slices on the first of two memories; None if there are none."""
+        found = [self.window.service.prefill_seconds(prompt) for prompt in self.prompts]
+        return reduce(np.add, found) if found else None
+
     def fits(self, plan: KernelMappingPlan) -> bool:
         """Whether a plan overflows no tier in this iteration."""
         return bool(np.all(self.window.held(plan, self.row) <= self.window.tables.capacity[self.row]))
@@ -451,7 +470,19 @@ class PolicyState:
         """What it costs to go from the plan in force to another; nothing before the first iteration."""
         if self.previous is None:
             return TransitionCost(moved={}, latency=0.0)
-        return self.window.transition(self.previous, plan, self.row)
+        if self.residency is not None:
+            return self.settled(plan)[1]
+        return self.window.transition(self.previous, plan, self.row, self.directions)
+
+    def settled(self, plan: KernelMappingPlan, duplicates: Duplicates = "kept") -> tuple[Residency, TransitionCost]:
+        """Where duplicates are kept: what is where once ``plan`` is in force, and what that costs; at the start as ``duplicates`` says."""
+        tables, used, service = self.window.tables, self.window.counts(plan), self.window.service
+        if used is None:
+            raise ValueError("duplicates are kept for plans that split all layers of a kind alike; replay with duplicates='none'")
+        if self.residency is None:
+            start = Residency.start(used, tables, self.row, read_only=service.read_only, duplicates=duplicates)
+            return start, TransitionCost(moved={}, latency=0.0)
+        return self.residency.moved_to(used, tables, self.row, system=service.system, directions=self.directions, stayed=self.stayed)
 
     def explain_overflow(self, plan: KernelMappingPlan) -> str:
         """Which tier holds how much too much."""
@@ -463,25 +494,5 @@ class PolicyState:
 
 
 def _plan_exists(tables: KernelMappingTables) -> bool:
-    """Whether some grouped plan of one design fits: exactly for one and two memories, for more whether filling tier by tier succeeds."""
-    held = [kind.layers * tables.pages[0, k, :, : kind.slices + 1] for k, kind in enumerate(tables.kinds)]
-    room = tables.capacity[0]
-    if len(room) != 2:
-        left = [kind.slices for kind in tables.kinds]
-        for t, free in enumerate(room.tolist()):
-            for k, pages in enumerate(held):
-                most = min(int(np.searchsorted(pages[t], free, side="right")) - 1, left[k])
-                left[k] -= most
-                free -= int(pages[t, most])
-        return not any(left)
-    halves = []
-    for part in (held[: len(held) // 2], held[len(held) // 2 :]):
-        sums = np.zeros((2, 1), dtype=np.int64)
-        for pages in part:
-            sums = (sums[:, :, None] + np.stack([pages[0], pages[1, ::-1]])[:, None, :]).reshape(2, -1)
-        halves.append(sums)
-    (first, second), (other_first, other_second) = halves
-    order = np.argsort(other_first, kind="stable")
-    least = np.minimum.accumulate(other_second[order])
-    found = np.searchsorted(other_first[order], room[0] - first, side="right") - 1
-    return bool(np.any((found >= 0) & (second + least[np.maximum(found, 0)] <= room[1])))
+    """Whether some grouped plan of one design fits (``slices_fit``)."""
+    return slices_fit([kind.layers * tables.pages[0, k, :, : kind.slices + 1] for k, kind in enumerate(tables.kinds)], tables.capacity[0])

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,7 @@ class Regret(NamedTuple):
     informative: bool
 
 
-def regret(latency: float, result: SolverResult[Path], *, best: float | None = None) -> Regret:
+def regret(latency: float, result: SolverResult[Any], *, best: float | None = None) -> Regret:
     """The regret of a policy that took ``latency`` [s] for the trace. ``best`` [s]: the best policy's, if better."""
     for name, value in (("latency", latency), ("best", best)):
         if value is not None and not 0 <= value < math.inf:

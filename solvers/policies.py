@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.baselines import hierarchical
 from ..models.checks import check_number, whole
-from ..models.clairvoyant import Way
 from ..models.kernel_mapping import KernelMappingPlan, Split
 from ..models.kernel_mapping_tables import KernelMappingTables
+from ..models.paging import Way
 from ..models.roofline import Array
 from ..models.serving import PolicyState, Service
 from .kernel_mapping import PatternMapping, TableMapping
@@ -32,6 +33,19 @@ class Policy(Protocol):
 
     def decide(self, state: PolicyState, /) -> KernelMappingPlan:
         """The plan of this iteration; ValueError if there is none."""
+        ...
+
+
+@runtime_checkable
+class OwnTimes(Protocol):
+    """What a policy adds whose iterations do not take what its plans say: a machine that does more than to map."""
+
+    def decode_time(self, state: PolicyState, /) -> float:
+        """Seconds of this iteration's decode step."""
+        ...
+
+    def prefill_time(self, state: PolicyState, prompt: int, /) -> float:
+        """Seconds of the pass of one prompt of so many tokens in this iteration."""
         ...
 
 
@@ -67,6 +81,33 @@ class SingleTier:
             raise ValueError(f"SingleTier: there is no tier {self.tier!r}; tiers are {list(names)}")
         there = names[0] if self.tier is None else self.tier
         return state.window.plan([[kind.slices * (name == there) for name in names] for kind in state.kinds])
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareCache:
+    """The first memory as a hardware cache of the second (``hierarchical``; H2M2 compares with it): it maps nothing and has ``OwnTimes``.
+
+    All data have their place in the second memory, so it stops where they do not fit there.
+    """
+
+    def decide(self, state: PolicyState, /) -> KernelMappingPlan:
+        """All slices on the second memory; ValueError unless there are two."""
+        names = state.window.tables.tier_names
+        if len(names) != 2:
+            raise ValueError(f"HardwareCache: a cache in front of a memory is two memories, not {len(names)}: {list(names)}")
+        return state.window.plan([[0, kind.slices] for kind in state.kinds])
+
+    def decode_time(self, state: PolicyState, /) -> float:
+        """Seconds of the decode step behind the cache."""
+        window, row = state.window, state.row
+        service = window.service
+        workload = service.workload(int(window.batch[row]), int(window.tokens[row]))
+        return hierarchical(service.system, workload, service.profile).latency
+
+    def prefill_time(self, state: PolicyState, prompt: int, /) -> float:
+        """Seconds of a prompt's pass behind the cache."""
+        service = state.window.service
+        return hierarchical(service.system, service.prompt(prompt), service.profile).latency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +149,10 @@ class Greedy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Myopic:
-    """The optimum of every iteration on its own, whatever it costs to get there.
+    """The optimum of every iteration on its own, prefills included, whatever it costs to get there.
 
-    By ``TableMapping`` (``compiled`` as there) for two memories; for other numbers by ``PatternMapping``, within its gap.
+    By ``TableMapping`` (``compiled`` as there) for two memories: what an iteration runs under one plan adds up, kind by kind, to one table.
+    For other numbers by ``PatternMapping`` within its gap, and for the decode step alone.
     """
 
     compiled: bool | None = None
@@ -119,7 +161,13 @@ class Myopic:
         """The optimal plan; ValueError if nothing fits."""
         if len(state.window.tables.tier_names) != 2:
             return PatternMapping().solve(state.problem).unwrap()
-        counts = state.window.once(self, lambda tables: TableMapping(compiled=self.compiled).solve_batch(tables)[1])[state.row]
+        prefill = state.prefill_seconds()
+        if prefill is None:
+            counts = state.window.once(self, lambda tables: TableMapping(compiled=self.compiled).solve_batch(tables)[1])[state.row]
+        else:
+            tables, row = state.window.tables, slice(state.row, state.row + 1)
+            seconds = tables.two_way(row)[0] + prefill
+            counts = TableMapping(compiled=self.compiled).solve_batch(_of_seconds(tables, seconds, row))[1][0]
         if counts[0, 0] == NO_PLAN:
             return TableMapping().solve(state.problem).unwrap()
         return state.window.plan(counts.tolist())
@@ -132,6 +180,8 @@ class Hysteresis:
         horizon x (seconds of the plan in force - seconds of the optimum) > seconds of the migration
 
     or until the plan in force no longer fits. A horizon of infinity is ``Myopic`` but for ties, one of 0 moves only when it must.
+    A prefill is gone after this iteration: then the plan in force may also be left for this iteration alone, if that pays for the way there
+    and back.
     """
 
     horizon: float = 32.0
@@ -147,7 +197,14 @@ class Hysteresis:
         if kept is None or not state.fits(kept):
             return optimum
         gain = state.latency(kept) - state.latency(optimum)
-        return optimum if gain > 0 and self.horizon * gain > state.transition(optimum).latency else kept
+        once = state.prefill(kept) - state.prefill(optimum) if state.prompts else 0.0
+        if gain + once <= 0 or self.horizon == 0 or optimum == kept:
+            return kept
+        if not state.prompts or self.horizon == math.inf:
+            return optimum if self.horizon * (gain + once) > state.transition(optimum).latency else kept
+        back = state.window.transition(optimum, kept, state.row, state.directions).latency
+        worth = min(self.horizon, 1) * (gain + once) + max(max(self.horizon - 1, 0) * gain, -back)
+        return optimum if worth > state.transition(optimum).latency else kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,9 +213,9 @@ class LookAhead:
 
         min over q  migration(plan in force, q) + sum_(i < k) stage(q; B requests, S + i B tokens)        q fits in all k
 
-    B and S are the batch and the tokens of this iteration. It assumes that nobody ends and nobody arrives meanwhile, and that tokens stop
-    growing at the most that the trace can bring (that of ``state.longest``). It decides anew before each iteration. ``migration`` False:
-    moves are taken for free, so that k = 1 is ``Myopic``.
+    B and S are the batch and the tokens of this iteration, whose stage includes its prefills. It assumes that nobody ends and nobody
+    arrives meanwhile, and that tokens stop growing at the most that the trace can bring (that of ``state.longest``). It decides anew before
+    each iteration. ``migration`` False: moves are taken for free, so that k = 1 is ``Myopic``.
 
     The sum is one table of seconds for each kind, so ``TableMapping`` finds the optimum; latencies of links and memories count only in
     the choice between moving and staying. For other numbers of memories: ``Hysteresis`` with k as its horizon.
@@ -178,10 +235,11 @@ class LookAhead:
         batch, tokens = int(window.batch[row]), int(window.tokens[row])
         coming = np.minimum(tokens + batch * np.arange(self.iterations), max(tokens, _most_tokens(state)))
         tables = window.service.tables(np.full(len(coming), batch), coming)
-        stages = tables.two_way()[0].sum(axis=0)
+        stages, prefill = tables.two_way()[0].sum(axis=0), state.prefill_seconds()
+        stages = stages if prefill is None else stages + prefill
         before = None if state.previous is None or not self.migration else _on_first(state.previous)
-        seconds = stages if before is None else stages + _moving(window.service, tables, before)
-        found = TableMapping().solve_batch(_of_seconds(tables, seconds))[1][0]
+        seconds = stages if before is None else stages + _moving(state, tables, _present(state, before))
+        found = TableMapping().solve_batch(_of_seconds(tables, seconds[None], slice(-1, None)))[1][0]
         if found[0, 0] == NO_PLAN:
             return Myopic().decide(state)
         plan = window.plan(found.tolist())
@@ -207,29 +265,45 @@ def _on_first(plan: KernelMappingPlan) -> NDArray[np.int64]:
     return np.array([splits[0].counts[0] for splits in plan.splits], dtype=np.int64)
 
 
-def _moving(service: Service, tables: KernelMappingTables, before: NDArray[np.int64]) -> Array:
-    """Seconds [K, N+1] a layer to go from ``before`` [K] slices on the first tier to each number, without latencies, in design 0."""
-    first, second = tables.tier_names
-    rates = (Way.between(service.system, second, first).bandwidth, Way.between(service.system, first, second).bandwidth)
-    pages, kinds, total = tables.two_way(slice(0, 1))[1][0], np.arange(len(before)), np.zeros((1, 1))
+def _present(state: PolicyState, before: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Slices [2, K] on each of two memories, duplicates included, under a plan with ``before`` [K] slices on the first."""
+    if state.residency is not None:
+        return state.residency.counts.T
+    return np.stack([before, np.array([kind.slices for kind in state.kinds]) - before])
+
+
+def _shares(state: PolicyState) -> Array | None:
+    """Shares [K] of the bytes of each kind that a migration has to move; None: all of them."""
+    if state.residency is None or state.stayed == 1:
+        return None
+    return np.where(state.residency.read_only, 1.0, state.stayed)
+
+
+def _moving(state: PolicyState, tables: KernelMappingTables, present: NDArray[np.int64]) -> Array:
+    """Seconds [K, N+1] a layer to go from ``present`` [2, K] slices to each number on the first tier, in design 0, without latencies and
+    one direction after the other."""
+    (first, second), system, shares = tables.tier_names, state.window.service.system, _shares(state)
+    rates = (Way.between(system, second, first).bandwidth, Way.between(system, first, second).bandwidth)
+    pages, kinds, total = tables.two_way(slice(0, 1))[1][0], np.arange(len(tables.kinds)), np.zeros((1, 1))
     for tier, rate in enumerate(rates):
-        grown = np.maximum(pages[:, :, tier] - pages[kinds, before, tier][:, None], 0)
+        held = tables.pages[0][kinds, tier, present[tier]]
+        grown = np.maximum(pages[:, :, tier] - held[:, None], 0)
         total = total + grown * (tables.page[0, tier] / rate)
-    return total
+    return total if shares is None else total * shares[:, None]
 
 
-def _of_seconds(tables: KernelMappingTables, seconds: Array) -> KernelMappingTables:
-    """Tables of one design that takes ``seconds`` [K, N+1] a layer with n slices on the first tier, in the room of the last design."""
-    side = np.stack([seconds, np.where(np.isfinite(seconds), 0.0, np.inf)], axis=1)[None]
+def _of_seconds(tables: KernelMappingTables, seconds: Array, room: slice | NDArray[np.intp]) -> KernelMappingTables:
+    """Tables of designs that take ``seconds`` [D, K, N+1] a layer with n slices on the first tier, in the room of the designs ``room``."""
+    side = np.stack([seconds, np.where(np.isfinite(seconds), 0.0, np.inf)], axis=2)
     return replace(
         tables,
         seconds=side,
-        shared=np.zeros((1, len(seconds), 0, *side.shape[2:])),
-        traffic=tables.traffic[-1:],
+        shared=np.zeros((*side.shape[:2], 0, *side.shape[2:])),
+        traffic=tables.traffic[room],
         t_sync=0.0,
-        pages=tables.pages[-1:],
-        capacity=tables.capacity[-1:],
-        page=tables.page[-1:],
+        pages=tables.pages[room],
+        capacity=tables.capacity[room],
+        page=tables.page[room],
     )
 
 
@@ -241,6 +315,10 @@ class Shortlist:
     the first iteration: batches 1, 2, 4, ... up to the limit, and ``points`` numbers of tokens for each, evenly spaced up to the most that
     the trace can bring; the optimum there fits always. Unlike ``Hysteresis`` it may move a part of the way. All data are priced as in this
     iteration. A horizon of infinity takes the fastest plan of the list. Over two memories; for others it is ``Hysteresis``.
+
+    A prefill is gone after this iteration, so a plan may be taken for it alone: it costs this iteration, the way there, and for the rest of
+    the horizon either its own decode steps, or the way to the plan that is best without the prefill, and those. When the first prompt is
+    seen, the list also gets the optima of a decode step with a prompt of 1, 4, 16, ... tokens, at every sixteenth point.
 
     The horizon was chosen on drawn traces (the study policy_frontier): batches change within some iterations, so short ones regret least;
     shorter ones than this are better on most traces and worse than ``Greedy`` on one.
@@ -260,38 +338,65 @@ class Shortlist:
         if len(window.tables.tier_names) != 2:
             return Hysteresis(horizon=self.horizon).decide(state)
         listed = self.listed(state)
-        every_second, every_byte = window.once(self, listed.priced)
-        seconds = every_second[row]
-        number = None
+        every_second, every_byte = window.once((self, listed.prefill), listed.priced)
+        seconds, nbytes = every_second[row], every_byte[row]
+        score, moving, number = seconds, None, None
         if previous is not None:
-            nbytes, number = every_byte[row], listed.number(previous)
-            held = listed.bytes_of(previous, window.tables, row) if number is None else nbytes[:, number]
-            seconds = seconds + listed.moving(nbytes, held) / self.horizon
-        best = int(seconds.argmin())
-        if number is not None and seconds[number] <= seconds[best]:
+            number = listed.number(previous)
+            if number is None or state.residency is not None:
+                held = listed.bytes_of(_present(state, _on_first(previous)), window.tables, row)
+            else:
+                held = nbytes[:, number]
+            moving = listed.moving(nbytes, held[:, None], state)
+            score = seconds + moving / self.horizon
+        best = int(score.argmin())
+        if number is not None and score[number] <= score[best]:
             best = number
+        prefill = state.prefill_seconds()
+        if prefill is not None:
+            best = self._with_prefill(listed.beside(prefill) + seconds, seconds, moving, listed.moving(nbytes[:, [best]], nbytes), best)
         return listed.plans[best] if seconds[best] < math.inf else Myopic().decide(state)
 
+    def _with_prefill(self, now: Array, seconds: Array, moving: Array | None, back: Array, best: int) -> int:
+        """The plan to take where a prefill comes on top: ``now`` [P] s is this iteration with it, ``seconds`` without it, ``moving`` the
+        way to each plan, and ``back`` the way from there to ``best``, which is the one to take without the prefill."""
+        if self.horizon < math.inf:
+            now = min(self.horizon, 1.0) * now
+            now = now if moving is None else now + moving
+            if self.horizon > 1:
+                rest = self.horizon - 1
+                now = now + np.minimum(rest * seconds, back + rest * seconds[best])
+        found = int(now.argmin())
+        return best if now[best] <= now[found] else found
+
     def listed(self, state: PolicyState) -> _Listed:
-        """The list for what is served: made at the first call, then looked up."""
+        """The list for what is served: made at the first call, and again when the first prompt is seen; then looked up."""
         service, workload = state.window.service, state.longest.workload
         batch, most = 1 if workload is None else workload.batch, _most_tokens(state)
         key = (id(service), batch, most)
-        if key not in self._kept:
+        found = self._kept.get(key)
+        if found is None or (state.prompts and not found.prefill):
             sizes = sorted({*(2**i for i in range(batch.bit_length())), batch})
             tokens = np.unique(np.linspace(1, max(most, 1), self.points).round().astype(np.int64))
             tables = service.tables(np.repeat(sizes, len(tokens)), np.tile(tokens, len(sizes)))
-            found = TableMapping().solve_batch(tables)[1]
-            counts = np.unique(found[found[:, 0, 0] != NO_PLAN], axis=0)
+            counts = TableMapping().solve_batch(tables)[1]
+            if state.prompts:
+                some = np.flatnonzero(np.arange(len(sizes) * len(tokens)) % len(tokens) % 16 == 0)
+                decode = tables.two_way()[0][some]
+                prompts = [service.prefill_seconds(4**i) for i in range(max(most, 1).bit_length() // 2 + 1)]
+                both = _of_seconds(tables, np.concatenate([decode + prefill for prefill in prompts]), np.tile(some, len(prompts)))
+                counts = np.concatenate([counts, TableMapping().solve_batch(both)[1]])
+            counts = np.unique(counts[counts[:, 0, 0] != NO_PLAN], axis=0)
             self._kept.clear()
-            self._kept[key] = _Listed.of(service, tables, counts)
-        return self._kept[key]
+            found = self._kept[key] = _Listed.of(service, tables, counts, prefill=bool(state.prompts))
+        return found
 
 
 class _Listed(NamedTuple):
     """P plans over two memories, made ready to be priced with few calls of NumPy.
 
-    ``by_identity`` and ``by_value``: the number of each plan. ``places`` [2, P, K]: where a plan's entries stand in one design of tables.
+    ``by_identity`` and ``by_value``: the number of each plan. ``places`` [2, P, K]: where a plan's entries stand in one design of tables;
+    ``firsts`` [P, K]: in [K, N+1] seconds by slices on the first memory. ``prefill``: whether the list has the optima of prefills.
     ``layers`` [K], ``sync`` [P] s of barriers, ``layer_bytes`` [2, 1, K] of a page a layer, ``room`` [2, 1] B, ``rates`` [2, 1] s/B and
     ``latencies`` [2, 1] s of the ways up and down. ``service`` is kept so that its id stays its own.
     """
@@ -301,6 +406,8 @@ class _Listed(NamedTuple):
     by_identity: dict[int, int]
     by_value: dict[KernelMappingPlan, int]
     places: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+    prefill: bool
     layers: Array
     sync: Array
     layer_bytes: NDArray[np.int64]
@@ -309,7 +416,7 @@ class _Listed(NamedTuple):
     latencies: Array
 
     @classmethod
-    def of(cls, service: Service, tables: KernelMappingTables, counts: NDArray[np.int64]) -> _Listed:
+    def of(cls, service: Service, tables: KernelMappingTables, counts: NDArray[np.int64], *, prefill: bool) -> _Listed:
         """The list of the plans with ``counts`` [P, K, 2] slices."""
         plans = tuple(
             KernelMappingPlan(
@@ -327,6 +434,8 @@ class _Listed(NamedTuple):
             by_identity={id(plan): number for number, plan in enumerate(plans)},
             by_value={plan: number for number, plan in enumerate(plans)},
             places=np.stack([(np.arange(kinds) * tiers + t) * ends + counts[:, :, t] for t in range(2)]),
+            firsts=np.arange(kinds) * ends + counts[:, :, 0],
+            prefill=prefill,
             layers=layers.astype(np.float64),
             sync=tables.t_sync * ((counts.min(axis=2) > 0) @ layers),
             layer_bytes=layers * tables.page[0][:, None, None],
@@ -355,16 +464,22 @@ class _Listed(NamedTuple):
         seconds[over[:, 0] | over[:, 1]] = math.inf
         return seconds, nbytes
 
-    def moving(self, nbytes: NDArray[np.int64], held: NDArray[np.int64]) -> Array:
-        """Seconds [P] to go to each plan, which hold ``nbytes`` [2, P, K], from one that holds ``held`` [2, K]."""
-        growth = np.add.reduce(np.maximum(nbytes - held[:, None], 0), axis=2)
-        seconds = growth * self.rates + self.latencies * (growth > 0)
-        total: Array = seconds[0] + seconds[1]
+    def beside(self, seconds: Array) -> Array:
+        """Seconds [P] of something that takes ``seconds`` [K, N+1] a layer."""
+        total: Array = seconds.ravel().take(self.firsts) @ self.layers
         return total
 
-    def bytes_of(self, plan: KernelMappingPlan, tables: KernelMappingTables, row: int) -> NDArray[np.int64]:
-        """Bytes [2, K] of a plan that is not listed."""
-        first = _on_first(plan)
-        counts = np.stack([first, np.array([kind.slices for kind in tables.kinds]) - first])
-        held: NDArray[np.int64] = tables.pages[row][np.arange(len(first)), [[0], [1]], counts] * self.layer_bytes[:, 0]
+    def moving(self, nbytes: NDArray[np.int64], held: NDArray[np.int64], state: PolicyState | None = None) -> Array:
+        """Seconds [P] to go to plans that hold ``nbytes`` [2, P, K] from ``held`` [2, P, K], either of which may be one plan; before the
+        iteration of ``state``, or some day."""
+        lacking = np.maximum(nbytes - held, 0)
+        shares = None if state is None else _shares(state)
+        growth = np.add.reduce(lacking, axis=2) if shares is None else lacking @ shares
+        seconds = growth * self.rates + self.latencies * (growth > 0)
+        total: Array = seconds[0] + seconds[1] if state is None or state.directions == "one" else np.maximum(seconds[0], seconds[1])
+        return total
+
+    def bytes_of(self, counts: NDArray[np.int64], tables: KernelMappingTables, row: int) -> NDArray[np.int64]:
+        """Bytes [2, K] of ``counts`` [2, K] slices on the two memories."""
+        held: NDArray[np.int64] = tables.pages[row][np.arange(counts.shape[1]), [[0], [1]], counts] * self.layer_bytes[:, 0]
         return held

@@ -2,7 +2,9 @@
 
 Every policy serves every trace on H2M2's machine (arXiv 2504.14893) and on one with half its HBM, and is held against the optimum of the
 schedule that it saw, migration included: the same for all policies where all requests are there from the start. Where requests arrive, a
-slower policy sees other batches, and its regret is against the optimum of its own. The optimum is exact or has a proven bound.
+slower policy sees other batches, and its regret is against the optimum of its own. The optimum is exact or has a proven bound. The
+columns decide_s (the mean time of a decision on this machine, but for the first) and decide_mean_runtime_s (with it) differ from run to
+run; all others do not.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from memsplit import __version__
@@ -23,17 +24,17 @@ from memsplit.dse import (
     against_optimum,
     beside,
     finished_rows,
-    plot_lines,
     replay,
     show,
     study_arguments,
     write_csv,
 )
+from memsplit.dse.plots import plot_replay
+from memsplit.dse.replay import courses
 from memsplit.models import (
     FIRST_PRINCIPLES,
     LENGTHS,
     LLMConfig,
-    Service,
     System,
     Trace,
     fixed_trace,
@@ -41,10 +42,10 @@ from memsplit.models import (
     poisson_trace,
     uniform_trace,
 )
-from memsplit.models.baselines import hierarchical
 from memsplit.models.presets import CHINCHILLA_70B, GPT3_175B, H2M2_SYSTEM, LLAMA3_1_70B
 from memsplit.models.units import GB
 from memsplit.solvers import FlexGenStatic, Greedy, Hysteresis, LookAhead, Myopic, Policy, Shortlist, SingleTier, Static
+from memsplit.solvers.policies import HardwareCache
 
 SYSTEMS: tuple[System, ...] = (
     H2M2_SYSTEM,
@@ -53,6 +54,7 @@ SYSTEMS: tuple[System, ...] = (
 
 POLICIES: dict[str, Policy] = {
     "lpddr": SingleTier(tier="LPDDR"),
+    "hierarchical": HardwareCache(),
     "flexgen": FlexGenStatic(),
     "static": Static(),
     "greedy": Greedy(),
@@ -61,10 +63,8 @@ POLICIES: dict[str, Policy] = {
     "look_ahead": LookAhead(),
     "shortlist": Shortlist(),
 }
-"""What is compared. ``greedy`` is H2M2's algorithm, without the page walks of its memory abstraction."""
-
-HARDWARE_CACHE = "hierarchical"
-"""The first memory as a hardware cache of the second: it maps nothing, so it has seconds but no regret."""
+"""What is compared. ``greedy`` is H2M2's algorithm, without the page walks of its memory abstraction. ``hierarchical`` maps nothing: the
+first memory is a hardware cache of the second, and its regret is against the optimum of mappings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +110,14 @@ CASES: dict[str, Case] = {
         arriving=True,
         prefill=True,
     ),
+    "chat, arriving, with prefill": Case(
+        draw=lambda seed: poisson_trace(replace(LENGTHS["chat"], longest_output=128), 128, rate=4.0, seed=seed),
+        llm=LLAMA3_1_70B,
+        batch=64,
+        arriving=True,
+        prefill=True,
+    ),
+    "h2m2, 96 iterations, with prefill": Case(draw=lambda seed: h2m2_trace(seed, iterations=96), llm=GPT3_175B, batch=32, prefill=True),
 }
 """The shapes. Outputs that would run for thousands of iterations are cut where the name or the number here says so, for time."""
 
@@ -123,8 +131,13 @@ QUICK: dict[str, Case] = {
         CASES["code, arriving"],
         draw=lambda seed: poisson_trace(replace(LENGTHS["code"], longest_output=16), 96, rate=300.0, seed=seed),
     ),
+    "code, arriving, with prefill": replace(
+        CASES["code, arriving"],
+        draw=lambda seed: poisson_trace(replace(LENGTHS["code"], longest_output=16), 24, rate=3.0, seed=seed),
+        prefill=True,
+    ),
 }
-"""Small ones of three kinds."""
+"""Small ones of four kinds."""
 
 PICTURED = ("greedy", "myopic", "shortlist")
 
@@ -132,16 +145,16 @@ PICTURED = ("greedy", "myopic", "shortlist")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study: one row for each policy, trace, machine and seed."""
     arguments = study_arguments(__doc__ or "", argv, default_out="online_regret.csv")
-    pictures = beside(arguments.out, "_memory.png", "_plan.png", "_behind.png")
+    (picture,) = beside(arguments.out, ".png")
     cases = QUICK if arguments.quick else CASES
     parts = list(wanted(cases, arguments.seed, seeds=1 if arguments.quick else 2, systems=SYSTEMS[:1] if arguments.quick else SYSTEMS))
     finished, interrupted = finished_rows(measured(name, cases[name], system, seed) for name, system, seed in parts)
     frame = pd.DataFrame([row for rows, _ in finished for row in rows])
     llms = {case.llm.name: case.llm for case in cases.values()}
     write_csv(arguments.out, frame, provenance={"systems": SYSTEMS, "llms": llms, "profile": FIRST_PRINCIPLES})
-    shown = next((course for (name, *_), (_, course) in zip(parts, finished, strict=False) if name.startswith("h2m2")), finished[0][1])
-    draw(shown, pictures)
-    print("Written:", ", ".join(map(str, (arguments.out, *pictures))))
+    # Interrupted, there may be fewer courses than parts; H2M2's trace is the first of them.
+    draw(parts[0], cases, finished[0][1], picture)
+    print("Written:", ", ".join(map(str, (arguments.out, picture))))
     if interrupted:
         return INTERRUPTED
     show(summarise(frame), title="Regret against the clairvoyant optimum, mean over machines and seeds (upper end)", rows=100)
@@ -159,7 +172,7 @@ def wanted(cases: dict[str, Case], seed: int, *, seeds: int, systems: Sequence[S
                 yield name, system, number
 
 
-def measured(name: str, case: Case, system: System, seed: int) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+def measured(name: str, case: Case, system: System, seed: int) -> tuple[list[dict[str, Any]], dict[str, pd.DataFrame]]:
     """The rows of one trace on one machine under every policy, and how some replays and the optimum went on."""
     trace = case.draw(seed)
     runs = {
@@ -170,10 +183,7 @@ def measured(name: str, case: Case, system: System, seed: int) -> tuple[list[dic
     known: dict[str, Any] = {"trace": name, "system": system.name, "llm": case.llm.name}
     known |= {"profile": FIRST_PRINCIPLES.name, "seed": seed, "batch_limit": case.batch, "prefill": case.prefill}
     rows = [{"policy": policy} | known | row_of(run, against.get(policy)) for policy, run in runs.items()]
-    if name.startswith(("fixed", "uniform", "h2m2")):
-        rows.append({"policy": HARDWARE_CACHE} | known | cached(runs["lpddr"], system))
-    chosen = {policy: (runs[policy], against[policy]) for policy in PICTURED if policy in against}
-    return [row | {"version": __version__} for row in rows], course(chosen)
+    return [row | {"version": __version__} for row in rows], courses({policy: runs[policy] for policy in PICTURED}, against)
 
 
 def row_of(run: Replay, against: Against | None) -> dict[str, Any]:
@@ -188,74 +198,18 @@ def row_of(run: Replay, against: Against | None) -> dict[str, Any]:
         row |= {"optimum_s": optimum.objective, "bound_s": optimum.bound}
         row |= {"regret_lower": regret.lower, "regret_upper": regret.upper, "informative": regret.informative}
         row["competitive_ratio"] = None if regret.upper is None else 1 + regret.upper  # proven: never above this
-    return row | {"stopped": run.stopped, "decide_mean_runtime_s": summary["decide_mean_runtime_s"]}
+    decided = run.rows["decide_runtime_s"].iloc[1:]  # the first decision may prepare what all others use
+    row |= {"stopped": run.stopped, "decide_s": decided.mean() if len(decided) else None}
+    return row | {"decide_mean_runtime_s": summary["decide_mean_runtime_s"]}
 
 
-def cached(run: Replay, system: System) -> dict[str, Any]:
-    """The same batches behind a hardware cache; requests that are all there from the start see the same batches under any policy."""
-    service = Service(system=system, llm=service_llm(run))
-    counts = zip(run.rows["batch"].tolist(), run.rows["tokens"].tolist(), strict=True)
-    seconds = sum(hierarchical(system, service.workload(batch, tokens), FIRST_PRINCIPLES).latency for batch, tokens in counts)
-    tokens = run.summary["tokens"]
-    return {"iterations": len(run.rows), "tokens": tokens, "throughput_tok_per_s": tokens / seconds if seconds else None} | {
-        "busy_s": seconds,
-        "stopped": run.stopped,
-    }
-
-
-def service_llm(run: Replay) -> LLMConfig:
-    """The LLM that a replay served."""
-    if run.service is None:
-        raise ValueError("the replay does not say what it served")
-    return run.service.llm
-
-
-def course(chosen: dict[str, tuple[Replay, Against]]) -> pd.DataFrame:
-    """Iteration by iteration: GB in the first memory, slices of attention there, and seconds behind the optimum of the same schedule."""
-    frames = []
-    for policy, (run, against) in chosen.items():
-        path = against.optimum.plan
-        if path is None:
-            continue
-        stages, moves = against.problem.steps.along(path)
-        spent = np.cumsum(stages + np.concatenate([[0.0], moves]))
-        kinds = [column for column in run.rows if str(column).startswith("n_")]
-        attention = kinds.index("n_attention")
-        first = next(str(column) for column in run.rows if str(column).endswith("_GB"))
-        behind = run.rows["iteration_s"].cumsum().to_numpy() - spent
-        rows = run.rows.assign(policy=policy, first_memory_GB=run.rows[first], behind_optimum_s=behind)
-        frames.append(rows[["iteration", "policy", "tokens", "first_memory_GB", "n_attention", "behind_optimum_s"]])
-        if len(frames) == 1:
-            plans = [against.problem.plan(number) for number in path]
-            service = against.problem
-            held = held_by(service, path)
-            frames.insert(
-                0,
-                rows[["iteration", "tokens"]].assign(
-                    policy="optimum",
-                    first_memory_GB=held,
-                    n_attention=[plan.mean_count(attention, 0) for plan in plans],
-                    behind_optimum_s=0.0,
-                ),
-            )
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-
-
-def held_by(problem: Any, path: Sequence[int]) -> np.ndarray[Any, Any]:
-    """GB in the first memory in each iteration of a path."""
-    steps = problem.steps
-    places = np.unravel_index(np.array(path), steps.shape)
-    every = np.arange(len(path))
-    return np.asarray(sum(column[every, place] for column, place in zip(steps.first, places, strict=True))) / GB
-
-
-def draw(frame: pd.DataFrame, pictures: Sequence[Any]) -> None:
-    """One replay: the first memory filling, the plan, and each policy against the optimum."""
-    if frame.empty:
+def draw(part: tuple[str, System, int], cases: dict[str, Case], shown: dict[str, pd.DataFrame], picture: Any) -> None:
+    """One replay: the memories filling, the plans, what moves, and each policy against the optimum."""
+    if not shown:
         return
-    titles = ("What the first memory holds", "Slices of attention in the first memory", "Time behind the clairvoyant optimum")
-    for path, y, title in zip(pictures, ("first_memory_GB", "n_attention", "behind_optimum_s"), titles, strict=True):
-        plot_lines(frame, path, x="iteration", y=y, by="policy", title=title)
+    name, system, seed = part
+    title = f"{cases[name].llm.name} on {system.name}, trace {name}, seed {seed}"
+    plot_replay(shown, picture, title=title, capacity={tier.name: tier.capacity / GB for tier in system.tiers})
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
@@ -280,10 +234,16 @@ def meaning(frame: pd.DataFrame) -> str:
         )
     worst = known[known["policy"] == "shortlist"].sort_values("regret_upper").iloc[-1]
     lines.append(f"The largest regret of shortlist: {worst['regret_upper']:.3%} ({worst['trace']}; {worst['system']}).")
+    cache = known[known["policy"] == "hierarchical"]
+    least, most = cache["regret_lower"].min(), cache["regret_upper"].max()
+    lines.append(f"A hardware cache takes from {least:+.1%} to {most:+.1%} more time than the best mapping.")
+    decided = known[known["policy"] == "shortlist"]["decide_s"]
+    lines.append(f"shortlist decides in {decided.mean() * 1e6:.3g} us on average, after a first decision that makes its list.")
     prefill = known[known["prefill"].astype(bool)]
-    if len(prefill):
-        least = prefill["regret_lower"].min()
-        lines.append(f"With prefill in the iterations no policy is below {least:.1%}: all decide on the decode step alone.")
+    for name in ("greedy", "shortlist"):
+        part = prefill[prefill["policy"] == name]["regret_upper"]
+        how = "does not look at prefill" if name == "greedy" else "does"
+        lines.append(f"With prefill in the iterations {name}, which {how}, regrets {part.min():.3%} to {part.max():.3%}.")
     informative = known["informative"].astype(bool)
     lines.append(f"The bound is informative (within 5 % of the best known) in {int(informative.sum())} of {len(known)} rows.")
     stopped = frame[frame["stopped"].fillna("") != ""]

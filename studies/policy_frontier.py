@@ -1,16 +1,17 @@
 """What does a better online policy cost: how long it takes to decide, and how much it moves, against its regret?
 
 Policies with their settings varied serve traces that are all there from the start, one iteration decided at a time (``window=1``, nothing
-is worked out for several iterations together). The regret is against the clairvoyant optimum, migration included. Decision times are those
-of this machine: columns that end in runtime_s differ from run to run, all others do not.
+is worked out for several iterations together). The regret is against the clairvoyant optimum, migration included. On H2M2's trace some also
+move data in both directions at once, or keep duplicates of weights: the rows with a mode. Decision times are those of this machine:
+decide_s (the mean but for the first decision) and columns that end in runtime_s differ from run to run, all others do not.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -18,7 +19,9 @@ import pandas as pd
 from memsplit import __version__
 from memsplit.dse import (
     INTERRUPTED,
+    Against,
     Objective,
+    Replay,
     against_optimum,
     beside,
     finished_rows,
@@ -30,12 +33,33 @@ from memsplit.dse import (
     study_arguments,
     write_csv,
 )
-from memsplit.models import FIRST_PRINCIPLES, LLMConfig, Trace, h2m2_trace, poisson_trace, uniform_trace
+from memsplit.models import FIRST_PRINCIPLES, LLMConfig, System, Trace, h2m2_trace, poisson_trace, uniform_trace
+from memsplit.models.migration import Duplicates
+from memsplit.models.paging import Directions
 from memsplit.models.presets import CHINCHILLA_70B, GPT3_175B, H2M2_SYSTEM, LLAMA3_1_70B
+from memsplit.models.units import GB
 from memsplit.solvers import FlexGenStatic, Greedy, Hysteresis, LookAhead, Myopic, Policy, Shortlist, Static
 
 HORIZONS = (0.5, 2.0, 8.0, 32.0, 128.0, math.inf)
 AHEAD = (1, 2, 4, 8, 16, 32)
+
+HALF = replace(H2M2_SYSTEM.with_resized_tier("HBM", 48 * GB), name="H2M2, half the HBM")
+
+MODES: dict[str, tuple[Directions, Duplicates]] = {
+    "one direction, no duplicates": ("one", "none"),
+    "both directions": ("both", "none"),
+    "duplicates kept": ("one", "kept"),
+    "duplicates loaded": ("one", "loaded"),
+    "both directions, duplicates loaded": ("both", "loaded"),
+}
+"""How data migrate."""
+
+MOVERS: dict[tuple[str, float | None], Policy] = {
+    ("greedy", None): Greedy(),
+    ("myopic", None): Myopic(),
+    ("shortlist", Shortlist().horizon): Shortlist(),
+}
+"""The policies whose migration is varied, by name and setting."""
 
 
 def policies(*, quick: bool) -> dict[tuple[str, float | None], Policy]:
@@ -79,11 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = beside(arguments.out, "_moved.png", "_decided.png")
     cases = QUICK if arguments.quick else CASES
     compared = policies(quick=arguments.quick)
-    finished, interrupted = finished_rows(measured(name, case, compared, arguments.seed) for name, case in cases.items())
+    systems = (H2M2_SYSTEM,) if arguments.quick else (H2M2_SYSTEM, HALF)
+    finished, interrupted = finished_rows(parts(cases, compared, systems, arguments.seed))
     frame = pd.DataFrame([row for rows in finished for row in rows])
     llms = {case.llm.name: case.llm for case in cases.values()}
-    write_csv(arguments.out, frame, provenance={"system": H2M2_SYSTEM, "llms": llms, "profile": FIRST_PRINCIPLES})
-    summary = summarise(frame)
+    write_csv(arguments.out, frame, provenance={"systems": (H2M2_SYSTEM, HALF), "llms": llms, "profile": FIRST_PRINCIPLES})
+    compared_rows = frame[frame["mode"].isna()]
+    summary = summarise(compared_rows)
     draw(summary, pictures)
     print("Written:", ", ".join(map(str, (arguments.out, *pictures))))
     if interrupted:
@@ -91,7 +117,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(summary, title="Mean over traces", rows=60)
     print()
     print(meaning(summary))
+    print(savings(frame))
     return 0
+
+
+def parts(
+    cases: dict[str, Case], compared: dict[tuple[str, float | None], Policy], systems: Sequence[System], seed: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each trace under all policies, and of the first trace in every way to migrate."""
+    for name, case in cases.items():
+        yield measured(name, case, compared, seed)
+    name, case = next(iter(cases.items()))
+    for system in systems:
+        yield migrated(name, case, system, seed)
 
 
 def measured(name: str, case: Case, compared: dict[tuple[str, float | None], Policy], seed: int) -> list[dict[str, Any]]:
@@ -103,22 +141,44 @@ def measured(name: str, case: Case, compared: dict[tuple[str, float | None], Pol
         for text, (_, _, settings) in named.items()
     }
     against = against_optimum(runs)
-    rows = []
-    for text, (policy, setting, _) in named.items():
-        run, found = runs[text], against.get(text)
-        if found is None or run.stopped:
-            continue
-        decided = run.rows["decide_runtime_s"]
-        rows.append(
-            {"policy": policy, "setting": setting, "trace": name, "system": H2M2_SYSTEM.name, "llm": case.llm.name}
-            | {"profile": FIRST_PRINCIPLES.name, "seed": seed, "iterations": len(run.rows)}
-            | {column: run.summary[column] for column in ("throughput_tok_per_s", "tpot_p50_s", "tpot_p99_s", "migrations")}
-            | {"migration_GB": run.summary["migration_GB"], "migration_share": run.summary["migration_s"] / run.busy}
-            | {"regret_lower": found.regret.lower, "regret_upper": found.regret.upper, "informative": found.regret.informative}
-            | {"version": __version__, "first_runtime_s": decided.iloc[0]}
-            | {f"decide_p{p}_runtime_s": decided.iloc[1:].quantile(p / 100) for p in (50, 99)}
+    return [
+        {"policy": policy, "setting": setting, "trace": name, "mode": None} | row_of(runs[text], against[text], seed)
+        for text, (policy, setting, _) in named.items()
+        if text in against and not runs[text].stopped
+    ]
+
+
+def migrated(name: str, case: Case, system: System, seed: int) -> list[dict[str, Any]]:
+    """The rows of one trace on one machine in every way to migrate; the optimum of the schedule is found once for all of them."""
+    trace = case.draw(seed)
+    runs = {
+        (policy, mode): replay(
+            settings, trace, system, case.llm, batch_limit=case.batch, prefill=False, window=1, directions=directions, duplicates=duplicates
         )
-    return rows
+        for policy, settings in MOVERS.items()
+        for mode, (directions, duplicates) in MODES.items()
+    }
+    against = against_optimum({f"{policy} {mode}": run for (policy, mode), run in runs.items()})
+    return [
+        {"policy": policy[0], "setting": policy[1], "trace": name, "mode": mode} | row_of(run, against[f"{policy} {mode}"], seed)
+        for (policy, mode), run in runs.items()
+        if f"{policy} {mode}" in against and not run.stopped
+    ]
+
+
+def row_of(run: Replay, against: Against, seed: int) -> dict[str, Any]:
+    """What is written about a replay. The first decision, which may prepare what all others use, stands on its own."""
+    summary, regret, decided = run.summary, against.regret, run.rows["decide_runtime_s"]
+    return (
+        {column: summary[column] for column in ("system", "llm", "profile")}
+        | {"seed": seed, "directions": run.directions, "duplicates": run.duplicates, "iterations": len(run.rows)}
+        | {column: summary[column] for column in ("throughput_tok_per_s", "tpot_p50_s", "tpot_p99_s", "migrations")}
+        | {"migration_GB": summary["migration_GB"], "migration_s": summary["migration_s"]}
+        | {"migration_share": summary["migration_s"] / run.busy, "duplicates_mean_GB": run.rows["duplicates_GB"].mean(), "busy_s": run.busy}
+        | {"regret_lower": regret.lower, "regret_upper": regret.upper, "informative": regret.informative}
+        | {"version": __version__, "first_runtime_s": decided.iloc[0], "decide_s": decided.iloc[1:].mean()}
+        | {f"decide_p{p}_runtime_s": decided.iloc[1:].quantile(p / 100) for p in (50, 99)}
+    )
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
@@ -160,6 +220,23 @@ def meaning(summary: pd.DataFrame) -> str:
     front = summary[summary["on_front"]].sort_values("migration_GB")
     named = ", ".join(f"{row['policy']}" + ("" if pd.isna(row["setting"]) else f" {row['setting']:g}") for _, row in front.iterrows())
     lines.append(f"Nothing both moves less and regrets less than: {named}.")
+    return "\n".join(lines)
+
+
+def savings(frame: pd.DataFrame) -> str:
+    """What moving in both directions and keeping duplicates save, in a few lines."""
+    lines = []
+    for (system, policy), part in frame[frame["mode"].notna()].groupby(["system", "policy"], sort=False):
+        by_mode = part.set_index("mode")
+        plain, *others = (by_mode.loc[mode] for mode in MODES)
+        found = [
+            f"{row.name} {row['migration_GB']:.3g} GB, {row['migration_s'] * 1e3:.3g} ms ({plain['busy_s'] / row['busy_s'] - 1:+.2%})"
+            for row in others
+        ]
+        lines.append(
+            f"{policy} on {system} moves {plain['migration_GB']:.3g} GB in {plain['migration_s'] * 1e3:.3g} ms "
+            f"({plain['migration_share']:.2%} of its time); {'; '.join(found)} (in brackets: throughput)."
+        )
     return "\n".join(lines)
 
 

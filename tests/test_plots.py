@@ -1,12 +1,14 @@
 """Figures: what a reader must be told is in them, as Matplotlib drew it."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 from memsplit.dse import Objective, plot_front, plot_lines
-from memsplit.dse.plots import _name_and_unit
+from memsplit.dse.plots import _name_and_unit, plot_replay
 
 FRAME = pd.DataFrame(
     {
@@ -110,3 +112,63 @@ def test_the_legend_of_a_front_is_framed(tmp_path, figure, third):
 )
 def test_a_name_that_is_all_unit_gets_that_of_its_quantity(column, drawn):
     assert _name_and_unit(column, 3.0) == drawn
+
+
+def test_counts_have_a_linear_axis_where_that_is_asked(tmp_path, figure):
+    """Values that span a factor of 100 are logarithmic but for the columns named."""
+    frame = pd.DataFrame({"trials": [1, 10, 100], "share": [1.0, 50.0, 100.0], "by": "a"})
+    for linear, scales in (((), ("log", "log")), (["share"], ("log", "linear")), (["trials", "share"], ("linear", "linear"))):
+        draw(tmp_path, frame, linear=linear)
+        (axes,) = figure().axes
+        assert (axes.get_xscale(), axes.get_yscale()) == scales
+    for wrong in ("share", ["shares"]):
+        with pytest.raises(ValueError, match="linear must be a list"):
+            draw(tmp_path, linear=wrong)
+
+
+REPLAYS = {
+    "optimum": pd.DataFrame({"iteration": [0, 1, 2], "HBM_GB": [9.0, 8.0, 9.5], "n_fc": [4, 4, 3], "migration_GB": [0, 0, 2.0]}),
+    "greedy": pd.DataFrame(
+        {
+            "iteration": [0, 1, 2],
+            "HBM_GB": [7.0, 7.0, 7.0],
+            "n_fc": [0, 96, 0],
+            "migration_GB": [0, 3.0, 1.0],
+            "behind_optimum_s": [0, 1.0, 2.0],
+        }
+    ),
+}
+
+
+def test_a_replay_shows_memories_plan_migration_and_distance(tmp_path, figure):
+    """Panels of linear axes one above the other; a bar for each iteration that moved something; the capacity is a line."""
+    drawn = plot_replay(REPLAYS, tmp_path / "replay.png", title="one", capacity={"HBM": 10.0})
+    assert drawn.stat().st_size > 10_000
+    memory, plan, moved, behind = figure().axes
+    assert {axes.get_yscale() for axes in figure().axes} == {"linear"}
+    assert [line.get_ydata()[0] for line in memory.get_lines()] == [9.0, 7.0, 10.0]
+    assert memory.get_ylim()[1] > 10
+    np.testing.assert_array_equal(plan.get_lines()[1].get_ydata(), [0, 96, 0])
+    assert sorted(bar.get_height() for bar in moved.patches) == [1.0, 2.0, 3.0]
+    bars = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in moved.patches)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(bars))  # none hides another
+    assert len(behind.get_lines()) == 1
+    assert legend_texts(figure()) == ["optimum", "greedy", "capacity"]
+    plot_replay({"greedy": REPLAYS["greedy"]}, tmp_path / "alone.png", title="")
+    assert len(figure().axes) == 3
+
+
+@pytest.mark.parametrize(
+    ("frames", "capacity", "match"),
+    [
+        ({}, None, "at least one iteration"),
+        ({"a": REPLAYS["greedy"][:0]}, None, "at least one iteration"),
+        ({"a": REPLAYS["greedy"].drop(columns="iteration")}, None, "'iteration'"),
+        ({"a": REPLAYS["greedy"][["iteration"]]}, None, "nothing to draw"),
+        (REPLAYS, {"LPDDR": 1.0}, "no frame has the column 'LPDDR_GB'"),
+    ],
+)
+def test_a_replay_that_cannot_be_drawn_is_refused(tmp_path, frames, capacity, match):
+    with pytest.raises(ValueError, match=match):
+        plot_replay(frames, tmp_path / "replay.png", title="", capacity=capacity)
+    assert not (tmp_path / "replay.png").exists()

@@ -12,16 +12,35 @@ from problems import all_plans
 from strategies import dense_llms, llms, profiles, systems
 from test_serving import linked
 
-from memsplit.dse.replay import replay
-from memsplit.models import KernelMappingPlan, KernelMappingProblem, Workload
-from memsplit.models.presets import DEEPSEEK_V3, GPT3_175B, H2M2_CXL_SYSTEM, H2M2_SYSTEM, LLAMA2_70B, LPDDR_ONLY_SYSTEM
+from memsplit.dse.replay import against_optimum, replay
+from memsplit.models import LENGTHS, KernelMappingPlan, KernelMappingProblem, Workload
+from memsplit.models.baselines import hierarchical
+from memsplit.models.presets import (
+    DEEPSEEK_V3,
+    GPT3_175B,
+    H2M2_CXL_SYSTEM,
+    H2M2_SYSTEM,
+    LLAMA2_70B,
+    LLAMA3_1_70B,
+    LPDDR_ONLY_SYSTEM,
+)
 from memsplit.models.serving import PolicyState, Service, ServingState, StepWindow, _plan_exists
-from memsplit.models.trace import fixed_trace, h2m2_trace
+from memsplit.models.trace import fixed_trace, h2m2_trace, poisson_trace
 from memsplit.models.units import TB
-from memsplit.solvers import GreedyMapping, PatternMapping, TableMapping, UniformMapping
-from memsplit.solvers.policies import FlexGenStatic, Greedy, Hysteresis, LookAhead, Myopic, Shortlist, SingleTier, Static
+from memsplit.solvers import ClairvoyantBound, GreedyMapping, PatternMapping, TableMapping, UniformMapping
+from memsplit.solvers.policies import FlexGenStatic, Greedy, HardwareCache, Hysteresis, LookAhead, Myopic, Shortlist, SingleTier, Static
 
-POLICIES = (Static(), FlexGenStatic(), SingleTier(), Greedy(), Myopic(), Hysteresis(), LookAhead(iterations=8), Shortlist())
+POLICIES = (
+    Static(),
+    FlexGenStatic(),
+    SingleTier(),
+    HardwareCache(),
+    Greedy(),
+    Myopic(),
+    Hysteresis(),
+    LookAhead(iterations=8),
+    Shortlist(),
+)
 TRACE = h2m2_trace(5, batch=32, iterations=24)
 NOBODY = ServingState.start(fixed_trace(1, prompt_tokens=1, output_tokens=1))
 
@@ -292,3 +311,159 @@ def test_a_shortlist_is_made_anew_for_another_machine():
     first, other, again = (run(policy, system=system).rows["plan"].tolist() for system in (H2M2_SYSTEM, half, H2M2_SYSTEM))
     assert first == again != other
     assert other == run(Shortlist(), system=half).rows["plan"].tolist()
+
+
+def test_a_hardware_cache_takes_its_own_time():
+    """Arrivals, prefills: each step is that of ``hierarchical``, nothing moves; regret is against the optimum of its own schedule."""
+    trace = poisson_trace(replace(LENGTHS["long-document"], longest_output=8), 10, rate=0.5, seed=1)
+    found = replay(HardwareCache(), trace, H2M2_SYSTEM, LLAMA3_1_70B, batch_limit=6)
+    assert found.stopped == ""
+    service = Service(system=H2M2_SYSTEM, llm=LLAMA3_1_70B)
+    for row, prompts in zip(found.rows.to_dict("records"), found.prompts, strict=True):
+        step = service.workload(row["batch"], row["tokens"])
+        assert row["decode_s"] == hierarchical(H2M2_SYSTEM, step, service.profile).latency
+        passes = [replace(step, phase="prefill", batch=1, context=prompt, state_tokens=None) for prompt in prompts]
+        assert row["prefill_s"] == sum(hierarchical(H2M2_SYSTEM, one, service.profile).latency for one in passes)
+        assert row["HBM_GB"] == row["migration_s"] == row["paging_s"] == 0
+    trace = fixed_trace(12, prompt_tokens=1024, output_tokens=12, interval=0.5)
+    found, greedy = (replay(policy, trace, H2M2_SYSTEM, GPT3_175B, batch_limit=12, prefill=False) for policy in (HardwareCache(), Greedy()))
+    against = against_optimum({"cache": found, "greedy": greedy})
+    assert (found.mapped, greedy.mapped) == (False, True)
+    assert found.rows["batch"].tolist() != greedy.rows["batch"].tolist()
+    own = against["cache"]
+    assert own.problem is not against["greedy"].problem
+    assert own.regret.lower == found.busy / own.optimum.objective - 1
+    assert own.regret.upper == found.busy / own.optimum.bound - 1
+    three = replay(HardwareCache(), trace, H2M2_CXL_SYSTEM, LLAMA3_1_70B, batch_limit=6)
+    assert "a cache in front of a memory is two memories, not 3" in three.stopped
+
+
+def test_a_cache_that_holds_everything_is_all_on_the_first_memory_with_all_units():
+    """Ample HBM: it hits always, so no step is slower than with everything on HBM and its units alone."""
+    ample = H2M2_SYSTEM.with_tier("HBM", capacity=1 * TB)
+    trace = fixed_trace(4, prompt_tokens=64, output_tokens=4)
+    cache, single = (run(policy, trace, ample, LLAMA2_70B) for policy in (HardwareCache(), SingleTier()))
+    assert (cache.rows["decode_s"] <= single.rows["decode_s"]).all()
+
+
+@given(st.data())
+@settings(max_examples=15)
+def test_with_prefill_myopic_is_the_optimum_of_each_iteration(data):
+    """Migration for free: its seconds are the bound of free moves of its own schedule, which prices decode and prefill together."""
+    llm = data.draw(dense_llms())
+    system = linked(data.draw(systems(Workload(llm=llm, batch=4, context=12), ample=data.draw(st.booleans()))))
+    assume(_plan_exists(Service(system=system, llm=llm).tables([1], [12])))
+    trace = h2m2_trace(data.draw(st.integers(0, 50)), batch=3, iterations=9, shortest=2, longest=12, mean_output=3.0)
+    profile = data.draw(profiles)
+    found = replay(Myopic(), trace, system, llm, batch_limit=3, profile=profile, migration="free")
+    bound = ClairvoyantBound(migration=False).value(found.clairvoyant())
+    assert found.busy == pytest.approx(bound, rel=1e-9)  # sums in another order, and the bound is rounded down by 1e-12
+    assert any(found.prompts)
+
+
+def test_a_state_prices_prefills_by_plan_and_by_table():
+    service = Service(system=H2M2_SYSTEM, llm=LLAMA2_70B)
+    state = replace(state_of(service, [(4, 4000)]), prompts=(100, 700))
+    plan = Myopic().decide(state)
+    kinds = state.kinds
+    counts = [splits[0].counts[0] for splits in plan.splits]
+    by_table = sum(kind.layers * state.prefill_seconds()[k, n] for k, (kind, n) in enumerate(zip(kinds, counts, strict=True)))
+    by_plan = sum(service.prefill(prompt).evaluate(plan).latency for prompt in (100, 700))
+    assert state.prefill(plan) == by_plan == pytest.approx(by_table, rel=1e-12)
+    assert replace(state, prompts=()).prefill_seconds() is None
+    assert replace(state, prompts=()).prefill(plan) == 0
+    assert service.prefill(100) is service.prefill(100)
+
+
+PREFILLS = {
+    "long documents, Llama 3.1": (
+        poisson_trace(replace(LENGTHS["long-document"], longest_output=24), 8, rate=0.3, seed=0),
+        H2M2_SYSTEM.with_tier("HBM", capacity=48e9),
+        LLAMA3_1_70B,
+    ),
+    "H2M2's, GPT3": (h2m2_trace(0, iterations=24), H2M2_SYSTEM, GPT3_175B),
+}
+
+
+@pytest.mark.parametrize("name", PREFILLS)
+def test_policies_that_look_at_prefill_regret_little(name):
+    """All moves are paid for; the optimum is exact. Greedy looks at the decode step alone."""
+    trace, system, llm = PREFILLS[name]
+    policies = {"greedy": Greedy(), "myopic": Myopic(), "hysteresis": Hysteresis(), "shortlist": Shortlist(), "look_ahead": LookAhead()}
+    runs = {policy: replay(value, trace, system, llm, batch_limit=32) for policy, value in policies.items()}
+    upper = {policy: found.regret.upper for policy, found in against_optimum(runs).items()}
+    assert upper["greedy"] > 0.01
+    for policy in ("myopic", "hysteresis", "shortlist", "look_ahead"):
+        assert -1e-9 <= upper[policy] < 0.002
+
+
+def test_without_prefill_no_policy_asks_for_one(monkeypatch):
+    """So that its decisions are those of the decode step alone, to the last bit."""
+    trace = h2m2_trace(3, iterations=8)
+    plans = {policy: run(policy, trace).plans for policy in (Myopic(), Hysteresis(), LookAhead(), Shortlist())}
+
+    def refused(*_):
+        raise AssertionError("a prefill was priced")
+
+    monkeypatch.setattr(Service, "prefill", refused)
+    for policy, before in plans.items():
+        again = run(policy, trace)
+        assert (again.stopped, again.plans) == ("", before)
+    with pytest.raises(AssertionError, match="a prefill was priced"):
+        replay(Shortlist(), trace, H2M2_SYSTEM, GPT3_175B, batch_limit=32)
+
+
+@given(st.data())
+@settings(max_examples=20)
+def test_shortlist_keeps_to_its_rule_where_a_prefill_comes_on_top(data):
+    """Against the rule worked out plan by plan from ``latency``, ``prefill`` and ``transition``."""
+    service, most = served_by(data)
+    steps = [(data.draw(st.integers(1, 4)), data.draw(st.integers(1, most))), (4, most)]
+    prompts = tuple(data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)))
+    horizon = data.draw(st.sampled_from([0.5, 1.0, 8.0, math.inf]))
+    policy = Shortlist(horizon=horizon, points=6)
+    alone = replace(state_of(service, steps), prompts=prompts)
+    listed = [plan for plan in policy.listed(alone).plans if alone.fits(plan)]
+    assert listed
+    state = replace(alone, previous=data.draw(st.sampled_from(listed)))
+
+    def score(plan):
+        return state.latency(plan) + state.transition(plan).latency / horizon
+
+    def total(plan, later):
+        now = state.latency(plan) + state.prefill(plan)
+        if horizon == math.inf:
+            return now
+        way = min(horizon, 1) * now + state.transition(plan).latency
+        rest = max(horizon - 1, 0)
+        back = state.window.transition(plan, later, state.row).latency
+        return way + min(rest * state.latency(plan), back + rest * state.latency(later)) if rest else way
+
+    least = min(map(score, listed))
+    best = [plan for plan in listed if score(plan) <= least * (1 + 1e-12)]
+    found = policy.decide(state)
+    # Ties for the plan to go back to may be broken either way.
+    assert any(total(found, later) <= min(total(plan, later) for plan in listed) * (1 + 1e-9) for later in best)
+
+
+@dataclass(frozen=True)
+class Timed(HardwareCache):
+    """Takes ``seconds`` an iteration, or raises."""
+
+    seconds: float | None = None
+
+    def decode_time(self, state):
+        if self.seconds is None:
+            raise RuntimeError("no clock")
+        return self.seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "named"), [(None, "RuntimeError: no clock"), (-1.0, "at least 0"), (math.nan, "finite"), (math.inf, "finite")]
+)
+def test_own_times_that_are_none_end_the_replay(seconds, named):
+    found = run(Timed(seconds=seconds), fixed_trace(2, prompt_tokens=8, output_tokens=3), llm=LLAMA2_70B)
+    assert found.stopped.startswith("policy Timed, iteration 0: ")
+    assert named in found.stopped
+    assert len(found.rows) == 0
+    assert run(Timed(seconds=0.5), fixed_trace(2, prompt_tokens=8, output_tokens=3), llm=LLAMA2_70B).busy == 1.5

@@ -20,10 +20,40 @@ def tables(tmp_path_factory):
 
 def test_every_setting_has_a_row(tables):
     table = tables[0]
+    table = table[table["mode"].isna()]
     expected = {(policy, -1.0 if setting is None else setting) for policy, setting in study.policies(quick=True)}
     assert set(zip(table["policy"], table["setting"].fillna(-1.0), strict=True)) == expected
-    assert {"policy", "trace", "system", "seed", "migration_GB", "regret_lower", "regret_upper", "profile", "version"} <= set(table.columns)
-    assert table.drop(columns="setting").notna().all(axis=None)
+    columns = {"policy", "trace", "system", "seed", "throughput_tok_per_s", "tpot_p50_s", "tpot_p99_s", "migration_GB"}
+    columns |= {"regret_lower", "regret_upper", "decide_s", "profile", "version"}
+    assert columns <= set(table.columns)
+    assert table.drop(columns=["setting", "mode"]).notna().all(axis=None)
+
+
+def test_every_way_to_migrate_has_a_row_and_plain_ones_are_those_of_the_frontier(tables):
+    table = tables[0]
+    modes = table[table["mode"].notna()]
+    assert set(zip(modes["policy"], modes["mode"], strict=True)) == {(policy, mode) for policy, _ in study.MOVERS for mode in study.MODES}
+    plain = modes[(modes["directions"] == "one") & (modes["duplicates"] == "none")].set_index("policy")
+    frontier = table[table["mode"].isna()].set_index("policy")
+    for policy in ("greedy", "myopic"):
+        for column in ("migration_GB", "busy_s", "regret_upper"):
+            assert plain.loc[policy, column] == frontier.loc[policy, column]
+
+
+def test_duplicates_and_both_directions_save_what_they_should(tables):
+    """Greedy and myopic decide the same whatever a move costs: fewer bytes with duplicates, the same in less time with both directions."""
+    modes = tables[0][tables[0]["mode"].notna()]
+    for policy in ("greedy", "myopic"):
+        by_mode = modes[modes["policy"] == policy].set_index("mode")
+        plain, both, kept, loaded, all_of_it = (by_mode.loc[mode] for mode in study.MODES)
+        assert (
+            plain["migration_GB"] == both["migration_GB"] > kept["migration_GB"] >= loaded["migration_GB"] == all_of_it["migration_GB"] > 0
+        )
+        assert plain["migration_s"] >= both["migration_s"]
+        assert loaded["migration_s"] >= all_of_it["migration_s"]
+        assert plain["duplicates_mean_GB"] == both["duplicates_mean_GB"] == 0 < kept["duplicates_mean_GB"] <= loaded["duplicates_mean_GB"]
+    lines = study.savings(tables[0]).splitlines()
+    assert [line.split()[0] for line in lines] == ["greedy", "myopic", "shortlist"]
 
 
 def test_regret_is_no_less_than_nothing_and_static_plans_move_nothing(tables):
@@ -34,14 +64,14 @@ def test_regret_is_no_less_than_nothing_and_static_plans_move_nothing(tables):
 
 
 def test_only_clocks_differ_between_two_runs(tables):
-    first, second = (table[[column for column in table if not column.endswith("runtime_s")]] for table in tables)
+    first, second = (table[[column for column in table if not column.endswith(("runtime_s", "decide_s"))]] for table in tables)
     pd.testing.assert_frame_equal(first, second, check_exact=True)
     assert (tables[0]["decide_p50_runtime_s"] > 0).all()
     assert (tables[0]["decide_p99_runtime_s"] >= tables[0]["decide_p50_runtime_s"]).all()
 
 
 def test_nothing_dominates_what_is_on_the_front(tables):
-    summary = study.summarise(tables[0])
+    summary = study.summarise(tables[0][tables[0]["mode"].isna()])
     on = summary[summary["on_front"]]
     assert 1 <= len(on) < len(summary)
     for _, row in on.iterrows():

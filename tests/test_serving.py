@@ -287,7 +287,17 @@ def test_a_policys_state_says_costs_and_what_is_too_much():
     on_lpddr = window.plan([(0, 96)] * 3)
     serving = ServingState.start(fixed_trace(1, prompt_tokens=1, output_tokens=1))
     state = PolicyState(serving=serving, previous=None, window=window, row=0, longest=window.problem(0))
-    assert [field.name for field in fields(state)] == ["serving", "previous", "window", "row", "longest"]
+    assert [field.name for field in fields(state)] == [
+        "serving",
+        "previous",
+        "window",
+        "row",
+        "longest",
+        "prompts",
+        "residency",
+        "directions",
+        "stayed",
+    ]
     assert state.latency(on_lpddr) == state.problem.evaluate(on_lpddr).latency
     assert state.fits(on_lpddr)
     assert not state.fits(on_hbm)
