@@ -5,17 +5,21 @@ if not __name__.startswith("memsplit."):
 
 from .break_even import BreakEven, Flip, break_even
 from .compare import compare
+from .confidence import draws, error_bars, ranking, resolution, told_apart
 from .explain import Bottleneck, Explanation, Lever, MemoryUse, Worth, explain
 from .explore import Constraint, explore
 from .mapping_score import MappingScore
 from .mapping_sweep import MappingSweep
+from .measured_sets import MeasuredSet, calibrated_sets, measured_sets
+from .measurements import Measurements, calibrate, read_measurements, write_records
 from .offload_score import OffloadScore
 from .pareto import Objective, hypervolume, minimised, non_dominated, pareto
 from .plan_score import PlanScore
-from .plots import plot_front, plot_lines
+from .plots import plot_front, plot_lines, plot_replay
 from .ratio_sweep import RatioSweep
 from .record import record
 from .replay import Against, Migration, Replay, against_optimum, replay
+from .replay_offload import OffloadAgainst, OffloadReplay, against_offload_optimum, replay_offload
 from .rerun import explain_row, rerun
 from .samplers import GP, NSGA2, NSGA3, QMC, SAMPLERS, TPE, RandomSearch, Sampler, sampler_named
 from .speedup import H2M2_SWEEPS, Method, h2m2_methods, speedups
@@ -44,10 +48,14 @@ __all__ = [
     "Lever",
     "MappingScore",
     "MappingSweep",
+    "MeasuredSet",
+    "Measurements",
     "MemoryUse",
     "Method",
     "Migration",
     "Objective",
+    "OffloadAgainst",
+    "OffloadReplay",
     "OffloadScore",
     "PlanScore",
     "RandomSearch",
@@ -58,11 +66,16 @@ __all__ = [
     "SplitSweep",
     "StepSweep",
     "Worth",
+    "against_offload_optimum",
     "against_optimum",
     "beside",
     "break_even",
+    "calibrate",
+    "calibrated_sets",
     "check_writable",
     "compare",
+    "draws",
+    "error_bars",
     "explain",
     "explain_row",
     "explore",
@@ -70,17 +83,23 @@ __all__ = [
     "from_json",
     "h2m2_methods",
     "hypervolume",
+    "measured_sets",
     "minimised",
     "non_dominated",
     "pareto",
     "plot_front",
     "plot_lines",
+    "plot_replay",
     "positive",
+    "ranking",
     "read_designs",
+    "read_measurements",
     "read_table",
     "record",
     "replay",
+    "replay_offload",
     "rerun",
+    "resolution",
     "sampler_named",
     "served",
     "serving_arguments",
@@ -89,6 +108,8 @@ __all__ = [
     "study_arguments",
     "sweep",
     "to_json",
+    "told_apart",
     "write_csv",
     "write_parquet",
+    "write_records",
 ]

@@ -1,12 +1,14 @@
-"""The command line: ``memsplit plan``, ``explain``, ``rerun`` and ``study``. Bad input ends in one sentence and exit code 2."""
+"""The command line: ``memsplit plan``, ``explain``, ``rerun``, ``calibrate``, ``study``. Bad input ends in one sentence and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ import pandas as pd
 from .. import __version__
 from ..models.baselines import hierarchical
 from ..models.cache_ratio import CacheRatioProblem
+from ..models.calibration import Calibration
+from ..models.device import device_named
 from ..models.kernel_mapping import KernelMappingPlan, KernelMappingProblem, PlanCost
 from ..models.kernel_mapping_tables import Granularity
+from ..models.kernel_models import KERNELS
 from ..models.price import assumptions, step_energy
 from ..models.profiles import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3
 from ..models.recompute_split import RecomputeSplitProblem
@@ -32,6 +37,8 @@ from ..solvers.kernel_mapping_heuristics import (
 )
 from ..solvers.result import Solver, SolverResult, Status
 from .explain import explain
+from .measured_sets import calibrated_sets, measured_sets
+from .measurements import Measurements, calibrate, expected_errors, parameter_table, read_measurements, write_records
 from .rerun import explain_row, rerun
 from .study import served, serving_arguments, show
 from .table import check_writable, write_csv
@@ -97,6 +104,21 @@ def _parser() -> argparse.ArgumentParser:
     why = commands.add_parser("explain", help="what binds in a plan, what one more GB or GB/s is worth, or what would make it fit")
     _why_arguments(why)
     why.set_defaults(run=_why)
+    measured = commands.add_parser("calibrate", help="calibration records of a device from measured times")
+    measured.add_argument(
+        "measurements",
+        type=Path,
+        help="a CSV with a row for each measured kernel, its time as measured_s, _ms or _us; or a folder of public measurements",
+    )
+    measured.add_argument("--device", help="name or alias of a device, or a data sheet (.toml); not for a folder, whose files say it")
+    measured.add_argument("--kernel", choices=KERNELS, help="kind of all rows, where the CSV has no column kernel")
+    measured.add_argument("--variant", default="", help="precision or back-end of all rows, where the CSV has no column variant")
+    measured.add_argument("--seed", type=int, default=0, help="seed of starts and folds (default: %(default)s)")
+    measured.add_argument("--date", default=str(date.today()), help="day of the measurements (default: today)")
+    measured.add_argument(
+        "--out", type=Path, help="TOML of the records (default: named as the CSV); of a folder: a folder, a TOML a device"
+    )
+    measured.set_defaults(run=_calibrate)
     commands.add_parser("study", help="run a design study; `memsplit study --list` names them")
     return parser
 
@@ -142,6 +164,66 @@ def _study(arguments: list[str]) -> int:
     if name not in names:
         raise ValueError(f"there is no study {name!r}; studies are {', '.join(names)}")
     return int(importlib.import_module(f"..studies.{name}", __package__).main(rest))
+
+
+def _calibrate(parsed: argparse.Namespace) -> int:
+    if parsed.measurements.is_dir():
+        return _calibrate_folder(parsed)
+    if parsed.device is None:
+        raise ValueError("calibrate needs --device, the name of a device or a data sheet (.toml)")
+    out = parsed.measurements.with_suffix(".toml") if parsed.out is None else parsed.out
+    if Path(parsed.device).is_file() and out.exists() and out.samefile(parsed.device):
+        raise ValueError(f"the records would be written over the data sheet {parsed.device}; name another --out")
+    check_writable(out)
+    device = device_named(parsed.device)
+    found = read_measurements(parsed.measurements, kernel=parsed.kernel, variant=parsed.variant)
+    records = calibrate(
+        found,
+        device,
+        seed=parsed.seed,
+        source=str(parsed.measurements.name),
+        date=parsed.date,
+        progress=lambda text: print(f"fitting {text}", file=sys.stderr),
+    )
+    show(parameter_table(found, records), title=f"Parameters of {device.name}, with intervals of 90 %")
+    show(expected_errors(found, device, records), title="Errors: the mean size of predicted / measured - 1")
+    for record in records:
+        name = f"{record.kernel} {record.variant}".rstrip()
+        if record.unseen is None:
+            print(f"{name}: too few shapes to say what error to expect on others.")
+        else:
+            low, high = record.ratios[0], record.ratios[-1]
+            print(f"{name}: expect nine of ten measurements of other shapes between {low:.2f} and {high:.2f} times the prediction.")
+        for warning in record.warnings:
+            print(f"{name}: {warning}.")
+    write_records(out, found, records)
+    print(f"Written: {out}")
+    return 0
+
+
+def _calibrate_folder(parsed: argparse.Namespace) -> int:
+    """Records of all devices in a folder of public measurements: how those that memsplit ships are made."""
+    useless = [name for name in ("device", "kernel", "variant") if getattr(parsed, name)]
+    if useless:
+        raise ValueError(f"calibrate: --{useless[0]} has no effect on a folder, whose files say it; leave it out")
+    if parsed.out is None:
+        raise ValueError("calibrate needs --out, a folder for the records of each device")
+    sets, unknown = measured_sets(parsed.measurements)
+    for sentence in unknown:
+        print(f"left out: {sentence}", file=sys.stderr)
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    made: dict[str, list[tuple[Measurements, Calibration]]] = {}
+    for each, record in calibrated_sets(sets, seed=parsed.seed, date=parsed.date):
+        made.setdefault(record.device, []).append((each.measurements, record))
+        unseen = "-" if record.unseen is None else f"{record.unseen.mape_pct:.1f} %"
+        print(
+            f"{record.device}: {record.kernel} {record.variant}: {record.fitted.rows} rows, {record.fitted.mape_pct:.1f} %, unseen {unseen}"
+        )
+    for device, found in made.items():
+        path = parsed.out / f"{re.sub(r'[^a-z0-9]+', '_', device.casefold()).strip('_')}.toml"
+        write_records(path, tuple(one for one, _ in found), tuple(record for _, record in found))
+        print(f"Written: {path}")
+    return 0
 
 
 def _rerun(parsed: argparse.Namespace) -> int:

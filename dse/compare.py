@@ -9,14 +9,21 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from ..models.calibration import Calibration
 from ..solvers.result import Solver, SolverResult
+from .confidence import check_errors, error_bars, resolution
 
 _NUMBERS = ["latency_s", "bound_s", "gap", "loss", "gap_to_bound", "runtime_s"]
 _COLUMNS = ["problem", "solver", "status", *_NUMBERS, "message"]
 
 
 def compare(
-    problems: Mapping[str, Any], solvers: Mapping[str, Solver], *, reference: str | None = None, progress: bool | None = None
+    problems: Mapping[str, Any],
+    solvers: Mapping[str, Solver],
+    *,
+    reference: str | None = None,
+    error: Calibration | None = None,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Solve every problem with every solver: one row each, in the order of the two mappings.
 
@@ -26,13 +33,18 @@ def compare(
         loss         = latency / latency of the reference's plan - 1
         gap_to_bound = (latency - bound proven by the reference) / latency
 
-    then runtime_s and message. What does not exist is NaN; a negative loss means that the reference, stopped by its limit,
+    then runtime_s and message. With ``error``, the calibration record behind the latencies: latency_low_s and latency_high_s
+    (``error_bars``), and told_apart, whether a plan is slower than the problem's fastest by more than the model's error
+    (``resolution``; the fastest itself is told_apart).
+
+    What does not exist is NaN; a negative loss means that the reference, stopped by its limit,
     was beaten. A solver that refuses a problem (ValueError) gets the status "refused" and its words as the message. Ctrl-C
     returns the rows finished so far, says so on stderr and sets ``attrs["interrupted"]``. ``progress``: a bar on stderr;
     None: if stderr is a terminal.
     """
     if not problems:
         raise ValueError("there is no problem to compare on; give at least one, as in {'name': problem}")
+    check_errors({} if error is None else {"latency_s": error}, _NUMBERS)
     if not solvers:
         raise ValueError("there is no solver to compare; give at least one, as in {'name': solver}")
     if reference is not None and reference not in solvers:
@@ -54,6 +66,10 @@ def compare(
     latency, bound = (frame["problem"].map(best[column]) for column in ("latency_s", "bound_s"))
     frame["loss"] = frame["latency_s"] / latency - 1
     frame["gap_to_bound"] = (frame["latency_s"] - bound) / frame["latency_s"]
+    if error is not None:
+        fastest = frame.groupby("problem")["latency_s"].transform("min")
+        ratio = frame["latency_s"] / fastest
+        frame = error_bars(frame, {"latency_s": error}).assign(told_apart=(ratio == 1) | (ratio > resolution(error)))
     frame.attrs["interrupted"] = interrupted
     return frame
 

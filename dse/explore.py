@@ -24,6 +24,7 @@ from ._identity import digest_or_name
 from ._pricing import Price, Pricing, Score
 from ._search import Finished, Search, all_finished, in_generations, one_by_one
 from ._storage import Alone, Record, open_storage, open_study, settings_key
+from .confidence import Errors, check_errors, error_bars, told_apart
 from .pareto import Objective, minimised, non_dominated
 from .samplers import NSGA2, Sampler, check_sampler, described, is_value
 from .table import Shared
@@ -91,6 +92,7 @@ def explore(
     workers: int = 1,
     synchronous: bool = True,
     patience: float = 60.0,
+    errors: Errors | None = None,
 ) -> pd.DataFrame:
     """The Pareto front of ``objectives`` among ``trials`` designs proposed by Optuna.
 
@@ -127,6 +129,9 @@ def explore(
     constraints; "interrupted", whether Ctrl-C ended the search; "designs" by trial, and "settings", what else the rows depend on, both for
     ``write_csv``; "sampler", its fields.
 
+    ``errors``: calibration records behind objectives, by their names. The frame then has the ends of these columns (``error_bars``), and
+    ``told_apart``: whether a row's place on the front is more than the model's error.
+
     Ctrl-C and ``timeout`` [s] keep what is finished; if nothing is, KeyboardInterrupt goes on. ``progress``: a bar on stderr;
     None: if stderr is a terminal.
     """
@@ -147,6 +152,7 @@ def explore(
         check_number("explore", "timeout", timeout, "s; None sets no limit")
     check_number("explore", "patience", patience, "s")
     check_settings(settings)
+    check_errors(errors or {}, [objective.name for objective in objectives])
     if (storage is None) != (name is None):
         raise ValueError("storage and name belong together: a storage holds studies by name; give both or none")
     if name is not None:
@@ -186,6 +192,8 @@ def explore(
     if not dominated:
         parameters = [name for name in frame.columns if any(name in done.parameters for done in finished)]
         frame = frame[frame["on_front"]].drop_duplicates(parameters, ignore_index=True)
+    if errors:
+        frame = error_bars(frame, errors).assign(told_apart=told_apart(frame, objectives, errors))
     kept = set(frame["trial"])
     frame.attrs |= {
         "finished": len(finished),

@@ -5,19 +5,25 @@ if not __name__.startswith("memsplit."):
 
 from .cache_ratio import ActFirstRatio, CpSatRatio, EnumerationRatio, HybridServeRatio, LpRatio, MilpRatio, SingleFormRatio
 from .cache_ratio_batch import RatioSolutions, solve_ratios
+from .calibration import fit
 from .clairvoyant import ClairvoyantBound, DynamicProgramClairvoyant, ExactClairvoyant, MilpClairvoyant, Regret, regret
+from .clairvoyant_offload import LpForms, MilpForms, StepBoundForms
 from .kernel_mapping import ConvexMapping, CpSatMapping, MilpMapping, PatternMapping, TableMapping
 from .kernel_mapping_front import FrontPlan, front_of_designs, latency_energy_front
 from .kernel_mapping_heuristics import FlexGenMapping, GreedyMapping, MajorMapping, NaiveMapping, SingleTierMapping, UniformMapping
 from .mini_batches import CpSatBatches, FirstComeBatches, GreedyRatioBatches, MilpBatches
+from .offload_policies import ActOnly, AdaptiveRatio, AdmissionRatio, FixedRatio, KvOnly, OffloadPolicy, RequestForms, StepSplit
 from .placement import CharnesCooperPlacement, FixedPlacement, FlexGenPlacement, PulpPlacement
-from .policies import FlexGenStatic, Greedy, Hysteresis, LookAhead, Myopic, Policy, Shortlist, SingleTier, Static
+from .policies import FlexGenStatic, Greedy, HardwareCache, Hysteresis, LookAhead, Myopic, Policy, Shortlist, SingleTier, Static
 from .recompute_split import ClosedFormSplit, CpSatSplit, EnumerationSplit, FixedShareSplit, MilpSplit
 from .recompute_split_batch import SplitSolutions, solve_splits
 from .result import Solver, SolverResult, Status
 
 __all__ = [
     "ActFirstRatio",
+    "ActOnly",
+    "AdaptiveRatio",
+    "AdmissionRatio",
     "CharnesCooperPlacement",
     "ClairvoyantBound",
     "ClosedFormSplit",
@@ -32,6 +38,7 @@ __all__ = [
     "ExactClairvoyant",
     "FirstComeBatches",
     "FixedPlacement",
+    "FixedRatio",
     "FixedShareSplit",
     "FlexGenMapping",
     "FlexGenPlacement",
@@ -40,23 +47,29 @@ __all__ = [
     "Greedy",
     "GreedyMapping",
     "GreedyRatioBatches",
+    "HardwareCache",
     "HybridServeRatio",
     "Hysteresis",
+    "KvOnly",
     "LookAhead",
+    "LpForms",
     "LpRatio",
     "MajorMapping",
     "MilpBatches",
     "MilpClairvoyant",
+    "MilpForms",
     "MilpMapping",
     "MilpRatio",
     "MilpSplit",
     "Myopic",
     "NaiveMapping",
+    "OffloadPolicy",
     "PatternMapping",
     "Policy",
     "PulpPlacement",
     "RatioSolutions",
     "Regret",
+    "RequestForms",
     "Shortlist",
     "SingleFormRatio",
     "SingleTier",
@@ -66,8 +79,11 @@ __all__ = [
     "SplitSolutions",
     "Static",
     "Status",
+    "StepBoundForms",
+    "StepSplit",
     "TableMapping",
     "UniformMapping",
+    "fit",
     "front_of_designs",
     "latency_energy_front",
     "regret",

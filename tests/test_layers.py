@@ -25,6 +25,7 @@ VENDORS = {
     "optuna": ("dse/explore.py", "dse/_search.py", "dse/_storage.py", "dse/record.py", "dse/samplers.py"),
     "matplotlib": ("dse/plots.py",),
     "numba": ("solvers/_table_compiled.py",),
+    "sklearn": ("studies/fidelity.py",),
 }
 LAZY_VENDORS = ("pulp", "ortools", "optuna")
 MAX_LINES = 500
@@ -160,7 +161,7 @@ def test_third_party_imports_are_declared(path: Path):
 def module_names(requirements: list[str]) -> set[str]:
     """What requirements such as "dask[distributed]>=2025.1" are imported as."""
     names = {name.lower().replace("-", "_") for one in requirements for name in re.findall(r"[A-Za-z][\w-]*", re.split(r"[<>=~!]", one)[0])}
-    return {{"psycopg2_binary": "psycopg2", "grpcio": "grpc"}.get(name, name) for name in names}
+    return {{"psycopg2_binary": "psycopg2", "grpcio": "grpc", "scikit_learn": "sklearn"}.get(name, name) for name in names}
 
 
 @each_file

@@ -1,0 +1,177 @@
+"""LLMs by the names that benchmarks give them, and the numbers of a step that follow from an LLM and a precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checks import shown
+from .estimate import StepModel, StepProfile
+from .llm import LLMConfig
+from .presets import LLMS
+from .roofline import Array
+
+MISTRAL_7B = LLMConfig.from_hf(
+    {
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+    },
+    name="mistral-7b",
+)
+"""Mistral-7B-v0.1, https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json: 7,241,732,096 parameters."""
+
+QWEN2_7B = LLMConfig.from_hf(
+    {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+    },
+    name="qwen2-7b",
+)
+"""Qwen2-7B, https://huggingface.co/Qwen/Qwen2-7B/blob/main/config.json: 7,615,616,512 parameters."""
+
+QWEN2_72B = LLMConfig.from_hf(
+    {
+        "model_type": "qwen2",
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 29568,
+        "vocab_size": 152064,
+    },
+    name="qwen2-72b",
+)
+"""Qwen2-72B, https://huggingface.co/Qwen/Qwen2-72B/blob/main/config.json: 72,706,203,648 parameters."""
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "llama-2-7b": "llama2-7b",
+        "llama-2-13b": "llama2-13b",
+        "llama-2-70b": "llama2-70b",
+        "llama-3-8b": "llama3.1-8b",
+        "llama-3-70b": "llama3.1-70b",
+        "llama-3.1-8b": "llama3.1-8b",
+        "llama-3.1-70b": "llama3.1-70b",
+        "llama-3.1-405b": "llama3.1-405b",
+        "mistral-7b-v0.1": "mistral-7b",
+        "mixtral-8x7b-v0.1": "mixtral-8x7b",
+    }
+)
+"""Names of the same shapes: Llama 3 and 3.1 differ in their rotary embedding only."""
+
+STEP = StepProfile(name="step_with_head", lm_head=True)
+
+
+def step_llms() -> dict[str, LLMConfig]:
+    """The LLMs that step models know by name: ``presets.LLMS``, and those that only benchmarks use."""
+    return {**LLMS, **{llm.name: llm for llm in (MISTRAL_7B, QWEN2_7B, QWEN2_72B)}}
+
+
+def step_llm(name: str) -> LLMConfig:
+    """An LLM by our name or a benchmark's: "llama2-7b", "meta-llama/Llama-2-7b-hf", "LLaMA-3 8B"; ValueError names the ones there are."""
+    known = step_llms()
+    plain = str(name).rpartition("/")[2].casefold().replace(" ", "-").replace("_", "-")
+    for lead in ("meta-",):
+        plain = plain.removeprefix(lead)
+    for tail in ("-hf", "-instruct", "-chat"):
+        plain = plain.removesuffix(tail)
+    found = known.get(plain) or known.get(ALIASES.get(plain, ""))
+    if found is None:
+        raise ValueError(f"there is no LLM {shown(name)}; name one of {', '.join(known)}, or one of its Hugging Face names")
+    return found
+
+
+def weight_bits(dtype: str) -> float:
+    """Bits of a weight: "bf16", "fp16", "fp8", "int8", "w4" or, for mixed formats, "w4.85"; ValueError for anything else."""
+    plain = str(dtype).casefold()
+    fixed = {"bf16": 16.0, "fp16": 16.0, "float16": 16.0, "bfloat16": 16.0, "half": 16.0, "fp8": 8.0, "int8": 8.0}
+    if plain in fixed:
+        return fixed[plain]
+    try:
+        bits = float(plain.removeprefix("w")) if plain.startswith("w") else 0.0
+    except ValueError:
+        bits = 0.0
+    if not 0 < bits <= 16:
+        raise ValueError(f"dtype {shown(dtype)} is not known; use {', '.join(fixed)}, or w and the bits of a weight, as w4")
+    return bits
+
+
+def peak_name(dtype: str) -> str:
+    """The precision in which products of such weights are computed: their own, or 16 bits for weights that are unpacked first."""
+    plain = str(dtype).casefold()
+    return plain if plain in ("fp8", "int8") else "bf16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSizes:
+    """What a step of N rows is made of, [N] each; bytes with the row's bits for weights and 16 for the rest, FLOPs.
+
+    ``weights`` of dense layers, ``experts`` all together of which a token uses a share ``used``, ``head``; ``held`` with embeddings;
+    ``state`` a token of context; ``activations`` and ``flops`` of products a token; ``head_flops`` and ``pair_flops`` of attention a
+    request and a pair of tokens; ``layers`` and how many they are worth in launches, ``launches``; ``heads`` of keys and values;
+    ``grouped``: 1 where query heads share these, else 0; ``width`` of the residual stream.
+    """
+
+    weights: Array
+    experts: Array
+    used: Array
+    head: Array
+    held: Array
+    state: Array
+    activations: Array
+    flops: Array
+    head_flops: Array
+    pair_flops: Array
+    layers: Array
+    launches: Array
+    heads: Array
+    grouped: Array
+    width: Array
+
+
+@lru_cache(maxsize=256)
+def _sizes(name: str, dtype: str) -> tuple[float, ...]:
+    llm = step_llm(name)
+    bits = weight_bits(dtype)
+    step = StepModel.build(llm, weight_bits=bits, kv_bits=16, activation_bits=16, profile=STEP)
+    head = llm.hidden_size * llm.vocab_size * bits / 8
+    layers = llm.num_hidden_layers
+    # Router, top-k, sort, gather and combine are about half as many kernels again as a dense layer has.
+    launches = layers + (0.5 * (layers - llm.num_dense_layers) if llm.num_experts else 0.0)
+    return (
+        *(step.weights - head, step.experts, step.used, head, step.held_weights, step.state, step.activations, step.product_flops),
+        *(
+            step.head_flops,
+            step.attention_flops,
+            float(layers),
+            launches,
+            float(llm.num_kv_heads),
+            float(llm.attention_kind != "MHA"),
+            float(llm.hidden_size),
+        ),
+    )
+
+
+def step_sizes(llms: NDArray[Any], dtypes: NDArray[Any]) -> StepSizes:
+    """The sizes of rows [N] by the names of their LLMs and precisions; each pair of names is looked up once."""
+    llm_names, of_llm = np.unique(np.asarray(llms).astype(str), return_inverse=True)
+    dtype_names, of_dtype = np.unique(np.asarray(dtypes).astype(str), return_inverse=True)
+    pairs, row = np.unique(of_llm * len(dtype_names) + of_dtype, return_inverse=True)
+    table = np.array([_sizes(str(llm_names[pair // len(dtype_names)]), str(dtype_names[pair % len(dtype_names)])) for pair in pairs])
+    return StepSizes(**dict(zip(StepSizes.__dataclass_fields__, table[row].T.reshape(len(table.T), -1), strict=True)))
