@@ -8,6 +8,7 @@ from .compare import compare
 from .confidence import draws, error_bars, ranking, resolution, told_apart
 from .explain import Bottleneck, Explanation, Lever, MemoryUse, Worth, explain
 from .explore import Constraint, explore
+from .machine import MachineProfile, check_same_machine, profile_machine, write_profile
 from .mapping_score import MappingScore
 from .mapping_sweep import MappingSweep
 from .measured_sets import MeasuredSet, calibrated_sets, measured_sets
@@ -46,6 +47,7 @@ __all__ = [
     "Flip",
     "Grid",
     "Lever",
+    "MachineProfile",
     "MappingScore",
     "MappingSweep",
     "MeasuredSet",
@@ -72,6 +74,7 @@ __all__ = [
     "break_even",
     "calibrate",
     "calibrated_sets",
+    "check_same_machine",
     "check_writable",
     "compare",
     "draws",
@@ -91,6 +94,7 @@ __all__ = [
     "plot_lines",
     "plot_replay",
     "positive",
+    "profile_machine",
     "ranking",
     "read_designs",
     "read_measurements",
@@ -111,5 +115,6 @@ __all__ = [
     "told_apart",
     "write_csv",
     "write_parquet",
+    "write_profile",
     "write_records",
 ]

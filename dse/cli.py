@@ -1,4 +1,4 @@
-"""The command line: ``memsplit plan``, ``explain``, ``rerun``, ``calibrate``, ``study``. Bad input ends in one sentence and exit code 2."""
+"""The command line: ``memsplit plan``, ``explain``, ``rerun``, ``calibrate``, ``profile``, ``study``. Bad input ends in one sentence."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from ..solvers.kernel_mapping_heuristics import (
 )
 from ..solvers.result import Solver, SolverResult, Status
 from .explain import explain
+from .machine import profile_arguments, profile_command
 from .measured_sets import calibrated_sets, measured_sets
 from .measurements import Measurements, calibrate, expected_errors, parameter_table, read_measurements, write_records
 from .rerun import explain_row, rerun
@@ -119,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="TOML of the records (default: named as the CSV); of a folder: a folder, a TOML a device"
     )
     measured.set_defaults(run=_calibrate)
+    profiled = commands.add_parser("profile", help="measure this machine: a data sheet and calibration records of it")
+    profile_arguments(profiled)
+    profiled.set_defaults(run=profile_command)
     commands.add_parser("study", help="run a design study; `memsplit study --list` names them")
     return parser
 

@@ -74,7 +74,7 @@ def read_measurements(
         frame = frame.assign(kernel=kernel)
     if "variant" not in frame:
         frame = frame.assign(variant=variant)
-    frame["variant"] = frame["variant"].fillna("").astype(str)
+    frame["variant"] = frame["variant"].astype(object).fillna("").astype(str)
     return tuple(
         _of_kind(path, part, str(name), str(kind), times[0]) for (name, kind), part in frame.groupby(["kernel", "variant"], sort=False)
     )

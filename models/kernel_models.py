@@ -13,6 +13,7 @@ from .calibration_records import record_for
 from .device import Device, device_named
 from .kernel_attention import DecodeAttentionTime, PrefillAttentionTime
 from .kernel_gemm import GemmTime, MoeGemmTime
+from .kernel_host import HostAttentionTime, HostGemmTime
 from .kernel_offload import HostStepTime, OffloadStepTime
 from .kernel_steps import DecodeStepTime, PrefillStepTime, ServingTime
 from .kernel_transfers import AllReduceTime, ElementwiseTime, HostLinkTime, StreamTime
@@ -33,6 +34,8 @@ KERNELS: Mapping[str, Callable[..., KernelModel]] = {
         ServingTime,
         OffloadStepTime,
         HostStepTime,
+        HostGemmTime,
+        HostAttentionTime,
     )
 }
 """Kinds of kernel that can be calibrated; each takes ``variant=``."""

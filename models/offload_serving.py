@@ -40,7 +40,7 @@ from .offload import (
 from .offload_baselines import prefill_flops
 from .offload_profiles import DATASHEET, OffloadProfile
 from .roofline import Array
-from .serving import ServingState
+from .serving import ServingState, check_served
 from .trace import Index, Trace
 from .units import GB
 from .workload import Workload
@@ -139,6 +139,9 @@ class OffloadService:
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_served(self.system, self.llm)
+        if not isinstance(self.profile, OffloadProfile):
+            raise ValueError(f"offload serving: the profile must be an OffloadProfile, as DATASHEET, not {shown(self.profile)}")
         object.__setattr__(self, "batch", whole("offload serving", "batch", self.batch, "requests"))
         object.__setattr__(self, "longest", whole("offload serving", "longest", self.longest, "tokens"))
         if self.weights not in ("host", "gpu"):
@@ -322,6 +325,12 @@ class OffloadState:
     prompt_act: Index
     joined: int
 
+    def __post_init__(self) -> None:
+        for name in ("kv", "act", "both", "prompt_act"):  # a policy looks at them, and must not change what was written
+            values = getattr(self, name).view()
+            values.setflags(write=False)
+            object.__setattr__(self, name, values)
+
     @classmethod
     def start(cls, service: OffloadService, trace: Trace) -> OffloadState:
         """Nothing runs yet."""
@@ -359,16 +368,19 @@ class OffloadState:
 
     def written(self, decision: OffloadDecision) -> OffloadState:
         """The state with the new prompts in their forms; ValueError if the decision breaks a rule."""
-        act = _counts("prompt_act", decision.prompt_act, self.joined)
-        both = np.zeros_like(act) if decision.prompt_both is None else _counts("prompt_both", decision.prompt_both, self.joined)
+        act = _counts("prompt_act", decision.prompt_act, self.prompts)
+        both = np.zeros_like(act) if decision.prompt_both is None else _counts("prompt_both", decision.prompt_both, self.prompts)
         over = np.flatnonzero(act + both > self.prompts)
         if len(over):
             place = int(over[0])
             raise ValueError(
                 f"new prompt {place} has {self.prompts[place]} tokens, and {act[place]} are to be ACT and {both[place]} both; lower them"
             )
-        if np.shape(decision.new_act) != (self.batch,):
-            raise ValueError(f"new_act must say of each of {self.batch} requests whether its token is ACT, not {shown(decision.new_act)}")
+        new = np.asarray(decision.new_act)
+        if new.shape != (self.batch,) or (self.batch and new.dtype != np.bool_):
+            raise ValueError(
+                f"new_act must say True or False of each of {self.batch} requests, whether its token is ACT, not {shown(decision.new_act)}"
+            )
         old = slice(0, self.batch - self.joined)
         forms = {"kv": self.prompts - act - both, "act": act, "both": both, "prompt_act": act}
         joined: dict[str, Any] = {name: np.concatenate([getattr(self, name)[old], new]) for name, new in forms.items()}
@@ -387,8 +399,10 @@ class OffloadState:
         return replace(self, serving=self.serving.stepped(seconds), joined=0, **forms)
 
 
-def _counts(name: str, values: object, number: int) -> Index:
-    found = np.asarray(values)
+def _counts(name: str, values: object, prompts: Index) -> Index:
+    found, number = np.asarray(values), len(prompts)
     if found.shape != (number,) or not np.issubdtype(found.dtype, np.integer) or (number and found.min() < 0):
         raise ValueError(f"{name} must be a whole number of tokens of at least 0 for each of {number} new prompts, not {shown(values)}")
+    if number and int(found.max()) > int(prompts.max()):  # before it becomes a signed number, and before two of them are added
+        raise ValueError(f"{name}: a new prompt has at most {prompts.max()} tokens, and {found.max()} are to be of this form; lower it")
     return found.astype(np.int64)

@@ -1,9 +1,6 @@
-"""Serving a trace: what runs in each iteration, which requests wait, and what an iteration costs under a kernel mapping.
+"""Serving a trace: what an iteration costs under a kernel mapping, and what a policy decides on (``serving_state``: which requests run).
 
-Continuous batching, first come first served: before each iteration requests that have arrived join the batch while there are fewer than
-the batch limit and while there is room for the keys and values that all of them will hold at their end, so nothing is ever thrown out
-(an assumption; servers that admit more must preempt). Each iteration generates one token of every running request; a request
-that has all its tokens leaves. An iteration is one decode step whose attention reads the contexts of all requests together:
+An iteration is one decode step whose attention reads the contexts of all requests together:
 
     Workload(batch = requests that run, state_tokens = sum of their contexts)
 """
@@ -18,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .checks import whole
+from .checks import shown
 from .hardware import System
 from .kernel_mapping import KernelMappingPlan, KernelMappingProblem, Split, TransitionCost
 from .kernel_mapping_tables import Granularity, KernelMappingTables, Kind, Side, lanes_of, sublayers_of
@@ -27,142 +24,23 @@ from .migration import Counts, Duplicates, Residency, counts_of, transition_betw
 from .paging import Directions, Pages, migration_time, page_walk_time, slices_fit
 from .profiles import FIRST_PRINCIPLES, Profile
 from .roofline import Array
+from .serving_state import ServingLimits as ServingLimits
+from .serving_state import ServingState as ServingState
 from .systems import as_systems
 from .trace import Index, Trace
 from .units import GB
 from .workload import Workload
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServingLimits:
-    """Requests that run together at most, and tokens whose keys and values they may hold together at most."""
-
-    batch: int
-    tokens: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "batch", whole("serving", "batch limit", self.batch, "requests"))
-        object.__setattr__(self, "tokens", whole("serving", "limit of tokens", self.tokens, "tokens", least=0))
+MOST_STATE = 2.0**50
+"""Tokens that a system holds at most, far above any trace: where bits or bytes are next to nothing, a count would leave the integers."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ServingState:
-    """Where a replay stands before an iteration.
-
-    ``running`` [B]: places of the requests in the trace. ``context`` [B]: tokens of each that the next step reads. ``remaining`` [B]:
-    tokens that each has yet to generate, at least 1. ``waiting``: place of the first request that was not admitted; all after it wait or
-    have not arrived. ``clock`` [s] since the trace began. ``finished``: how many requests have left.
-    """
-
-    trace: Trace
-    running: Index
-    context: Index
-    remaining: Index
-    waiting: int = 0
-    finished: int = 0
-    iteration: int = 0
-    clock: float = 0.0
-
-    @classmethod
-    def start(cls, trace: Trace) -> ServingState:
-        """Nothing runs yet."""
-        none = np.zeros(0, dtype=np.int64)
-        return cls(trace=trace, running=none, context=none, remaining=none)
-
-    @property
-    def batch(self) -> int:
-        """Requests that run."""
-        return len(self.running)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens whose keys and values the next step reads."""
-        return int(self.context.sum())
-
-    @property
-    def reserved(self) -> int:
-        """Tokens that the running requests will hold when each generates its last one."""
-        return int(self.context.sum() + self.remaining.sum()) - len(self.running)
-
-    @property
-    def done(self) -> bool:
-        """Every request has finished."""
-        return not len(self.running) and self.waiting == len(self.trace)
-
-    def admitted(self, limits: ServingLimits) -> ServingState:
-        """The state with all requests that have arrived and fit, in order of arrival; one that does not fit holds up those after it."""
-        trace, first = self.trace, self.waiting
-        most = min(first + limits.batch - len(self.running), len(trace))
-        if first >= most or trace.arrived_at[first] > self.clock:
-            return self
-        reserved, last = self.reserved, first
-        while last < most and trace.arrived_at[last] <= self.clock:
-            reserved += trace.requests[last].state_tokens
-            if reserved > limits.tokens:
-                break
-            last += 1
-        if last == first:
-            return self
-        return replace(
-            self,
-            running=np.concatenate([self.running, np.arange(first, last)]),
-            context=np.concatenate([self.context, trace.prompt_tokens[first:last]]),
-            remaining=np.concatenate([self.remaining, trace.output_tokens[first:last]]),
-            waiting=last,
-        )
-
-    def woken(self) -> ServingState:
-        """The state when the next request arrives, if nothing runs and none has."""
-        if len(self.running) or self.waiting == len(self.trace):
-            return self
-        return replace(self, clock=max(self.clock, float(self.trace.arrived_at[self.waiting])))
-
-    def stepped(self, seconds: float) -> ServingState:
-        """The state after an iteration of so many ``seconds``: one token more of each request; those that have all leave."""
-        context, remaining, running = self.context + 1, self.remaining - 1, self.running
-        left = 0
-        if not remaining.all():
-            stay = remaining > 0
-            left = len(running) - int(stay.sum())
-            running, context, remaining = running[stay], context[stay], remaining[stay]
-        return ServingState(
-            trace=self.trace,
-            running=running,
-            context=context,
-            remaining=remaining,
-            waiting=self.waiting,
-            finished=self.finished + left,
-            iteration=self.iteration + 1,
-            clock=self.clock + seconds,
-        )
-
-    def ahead(self, limits: ServingLimits, number: int) -> tuple[Index, Index]:
-        """Requests and tokens of the next iterations, this one first, ``number`` at most, if nobody else arrives meanwhile."""
-        batch, tokens, state = list[int](), list[int](), self
-        while len(batch) < number and state.batch:
-            batch.append(state.batch)
-            tokens.append(state.tokens)
-            state = state.stepped(0.0).admitted(limits)
-        return np.array(batch, dtype=np.int64), np.array(tokens, dtype=np.int64)
-
-    def check(self, limits: ServingLimits | None = None) -> None:
-        """AssertionError, which is a defect of memsplit, where a request is lost or a token is not accounted for."""
-        prompts, outputs = self.trace.prompt_tokens[self.running], self.trace.output_tokens[self.running]
-        wrong = [
-            what
-            for what, holds in (
-                ("a request runs twice or before it was admitted", len(set(self.running.tolist())) == self.batch),
-                ("a request runs that was not admitted", not self.batch or int(self.running.max()) < self.waiting),
-                ("admitted requests neither run nor finished", self.finished + self.batch == self.waiting),
-                ("a request that has all its tokens still runs", bool(np.all(self.remaining >= 1))),
-                ("tokens are lost", np.array_equal(self.context - prompts, outputs - self.remaining)),
-                ("more requests run than may", limits is None or self.batch <= limits.batch),
-                ("more tokens are promised room than fit", limits is None or self.reserved <= limits.tokens),
-            )
-            if not holds
-        ]
-        if wrong:
-            raise AssertionError(f"serving state of iteration {self.iteration}: {wrong[0]}; this is a defect of memsplit, please report it")
+def check_served(system: object, llm: object) -> None:
+    """ValueError unless this is a System and an LLMConfig, which names of presets are not."""
+    if not isinstance(system, System):
+        raise ValueError(f"serving: the system must be a System, as system_named('h2m2') gives it, not {shown(system)}")
+    if not isinstance(llm, LLMConfig):
+        raise ValueError(f"serving: the LLM must be an LLMConfig, as llm_named('llama2-70b') gives it, not {shown(llm)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +56,12 @@ class Service:
     kv_bits: float = 8
     activation_bits: float = 8
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_served(self.system, self.llm)
+        if not isinstance(self.profile, Profile):
+            raise ValueError(f"serving: the profile must be a Profile, as FIRST_PRINCIPLES, not {shown(self.profile)}")
+        self.workload(1, 1)  # which refuses bits that are none
 
     def workload(self, batch: int, tokens: int) -> Workload:
         """A decode step of ``batch`` requests that hold ``tokens`` together."""
@@ -297,7 +181,8 @@ class Service:
         other is filled, which is at most some slices below the exact number. ValueError if not even one token fits.
         """
         room = sum(tier.capacity for tier in self.system.tiers)
-        low, high = 1, int(room / (self.llm.num_hidden_layers * self.llm.state_elements * self.kv_bits / 8)) + 2
+        a_token = self.llm.num_hidden_layers * self.llm.state_elements * self.kv_bits / 8
+        low, high = 1, int(min(room / a_token if a_token else MOST_STATE, MOST_STATE)) + 2
         if not _plan_exists(self.tables([1], [1])):
             raise ValueError(f"{self.llm.name} on {self.system.name}: {self.problem(1, 1).explain_infeasible()}")
         while high - low > 1:
@@ -343,6 +228,8 @@ class StepWindow:
     def of(cls, service: Service, batch: ArrayLike, tokens: ArrayLike) -> StepWindow:
         """The window of these iterations."""
         tables = service.tables(batch, tokens)
+        for name in ("seconds", "shared", "pages", "traffic", "capacity", "page"):  # they price the plan of the policy that looks at them
+            getattr(tables, name).setflags(write=False)
         return cls(service=service, batch=np.asarray(batch, dtype=np.int64), tokens=np.asarray(tokens, dtype=np.int64), tables=tables)
 
     def once(self, key: Hashable, make: Callable[[KernelMappingTables], Any]) -> Any:

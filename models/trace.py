@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks import check_name, check_number, shown, whole
+from .checks import check_name, check_number, shown, whole, wholes
 from .roofline import Array
 
 Index = NDArray[np.int64]
@@ -23,13 +26,21 @@ Index = NDArray[np.int64]
 MOST_TOKENS = 2**31
 """Tokens of a prompt or an output at most, far above any LLM: the tokens of a million such requests still fit an int64."""
 
+FINEST = 1e-6
+"""Seconds by which a clock must be able to advance when a request arrives; a double beyond 2**33 s (272 years) cannot."""
+
 COLUMNS: dict[str, tuple[str, ...]] = {
     "arrived_at": ("arrived_at", "arrival_time", "arrival_timestamp", "timestamp"),
     "prompt_tokens": ("prompt_tokens", "num_prefill_tokens", "contexttokens", "request tokens", "input_tokens", "input_length"),
     "output_tokens": ("output_tokens", "num_decode_tokens", "generatedtokens", "response tokens", "output_length"),
 }
 """What the columns of a CSV may be called, upper or lower case: our names, Vidur's (num_prefill_tokens), those of the Azure LLM inference
-traces of 2023 and 2024 (TIMESTAMP, ContextTokens, GeneratedTokens) and of BurstGPT, arXiv 2401.17644 (Timestamp, Request tokens)."""
+traces of 2023 and 2024 (TIMESTAMP, ContextTokens, GeneratedTokens), of BurstGPT, arXiv 2401.17644 (Timestamp, Request tokens), and of
+Mooncake, arXiv 2407.00079 (``MOONCAKE``)."""
+
+MOONCAKE = ("timestamp", "input_length", "output_length")
+"""The columns of Mooncake's open trace (arXiv 2407.00079, its section on the trace): there, and only there, ``timestamp`` is the arrival in
+milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +53,11 @@ class Request:
 
     def __post_init__(self) -> None:
         check_number("request", "arrived_at", self.arrived_at, "s", zero=True, infinite=False)
+        if math.ulp(float(self.arrived_at)) > FINEST:
+            raise ValueError(
+                f"request: arrived_at must be below 2**33 s, not {shown(self.arrived_at)}: so late a clock does not advance by "
+                "microseconds; subtract the first arrival, or give seconds"
+            )
         for name in ("prompt_tokens", "output_tokens"):
             number = whole("request", name, getattr(self, name), "tokens")
             if number > MOST_TOKENS:
@@ -67,6 +83,10 @@ class Trace:
 
     def __post_init__(self) -> None:
         check_name("trace", self.name)
+        if not isinstance(self.requests, Iterable):
+            raise ValueError(
+                f"trace {self.name!r}: requests must be several of class Request, not {shown(self.requests)}; put it into a list"
+            )
         object.__setattr__(self, "requests", tuple(self.requests))
         if not self.requests:
             raise ValueError(f"trace {self.name!r} has no request; give at least one")
@@ -94,68 +114,102 @@ class Trace:
         return self.prompt_tokens + self.output_tokens - 1
 
     @classmethod
-    def from_arrays(cls, name: str, arrived_at: Sequence[float], prompt_tokens: Sequence[int], output_tokens: Sequence[int]) -> Trace:
+    def from_arrays(cls, name: str, arrived_at: Iterable[float], prompt_tokens: Iterable[int], output_tokens: Iterable[int]) -> Trace:
         """A trace of three columns of one length."""
-        rows = zip(arrived_at, prompt_tokens, output_tokens, strict=True)
+        columns = {"arrived_at": arrived_at, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        wrong = next((column for column, values in columns.items() if isinstance(values, str) or not isinstance(values, Iterable)), None)
+        if wrong is not None:
+            raise ValueError(f"trace {name!r}: {wrong} must be a list of numbers, one for each request, not {shown(columns[wrong])}")
+        at, prompts, outputs = (list(values) for values in columns.values())
+        if not len(at) == len(prompts) == len(outputs):
+            raise ValueError(
+                f"trace {name!r}: arrived_at, prompt_tokens and output_tokens must be of one length, not {len(at)}, {len(prompts)} and "
+                f"{len(outputs)}; give each request all three"
+            )
+        rows = zip(at, prompts, outputs, strict=True)
         return cls(name=name, requests=tuple(Request(arrived_at=at, prompt_tokens=p, output_tokens=o) for at, p, o in rows))
 
     @classmethod
-    def from_csv(cls, path: str | Path, *, name: str | None = None) -> Trace:
+    def from_csv(cls, path: str | Path, *, name: str | None = None, skip_empty: bool = False) -> Trace:
         """The trace in a CSV with a header; other columns than those of ``COLUMNS`` are ignored.
 
-        Times are seconds, or dates with times of day, which count from the first one (digits below a microsecond are dropped).
-        ValueError, in one sentence with the line, for what is no trace.
+        Times are seconds (milliseconds where the three columns are those of ``MOONCAKE``), or dates with times of day, which count from
+        the first one (digits below a microsecond are dropped). ``skip_empty``: leave out requests with 0 output tokens, which logs keep of
+        those that failed. ValueError, in one sentence with the line, for what is no trace.
         """
+        if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+            raise ValueError(f"a trace is read from the path of a CSV, not {shown(path)}; name a file")
         path = Path(path)
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
-                return cls(name=path.stem if name is None else name, requests=tuple(_read(path, csv.reader(file, strict=True))))
+                reader = csv.reader(file, strict=True)
+                return cls(name=path.stem if name is None else name, requests=tuple(_read(path, reader, skip_empty)))
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror or error}; name a CSV of requests") from None
         except (UnicodeDecodeError, csv.Error) as error:
+            if "field limit" in str(error):
+                longest = f"it has a text of more than {csv.field_size_limit()} characters"
+                raise ValueError(f"cannot read {path}: {longest}; drop that column, or raise csv.field_size_limit") from None
             raise ValueError(f"cannot read {path}: it is no CSV ({error}); name a CSV of requests") from None
 
 
-def _read(path: Path, lines: Iterator[list[str]]) -> Iterator[Request]:
+def _read(path: Path, lines: Any, skip_empty: bool) -> Iterator[Request]:
+    """The requests in the ``lines`` of a ``csv.reader``, which knows the number of the line where a row ends."""
     header = next(lines, [])
-    known = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
-    places = {}
-    for column, names in COLUMNS.items():
-        found = [known[name] for name in names if name in known]
-        if len(found) != 1:
-            what = f"no column {column!r}" if not found else f"several columns that may be {column!r}: {[header[i] for i in found]}"
-            raise ValueError(f"{path}, line 1: there is {what}; name one of {list(names)}")
-        places[column] = found[0]
-    before, origin = 0.0, None
-    number = 1
-    for number, row in enumerate(lines, start=2):
+    places = _places(path, header)
+    scale = 1000.0 if tuple(header[place].strip().lower() for place in places.values()) == MOONCAKE else 1.0
+    origin: float | datetime | None = None
+    before, empty = -math.inf, list[int]()
+    for row in lines:
         if not row:
             continue
         if len(row) <= max(places.values()):
-            raise ValueError(f"{path}, line {number}: it has {len(row)} columns and the header {len(header)}; complete it")
+            raise ValueError(f"{path}, line {lines.line_num}: it has {len(row)} columns and the header {len(header)}; complete it")
         try:
-            arrived, dated = _time(row[places["arrived_at"]])
-            if origin is None:
-                origin = (arrived if dated else 0.0, dated)
-            if dated != origin[1]:
+            moment = _time(row[places["arrived_at"]])
+            origin = moment if origin is None else origin
+            if isinstance(moment, datetime) != isinstance(origin, datetime):
                 raise ValueError("arrived_at must be seconds in all lines or dates in all lines; choose one")
-            prompt, output = (_tokens(column, row[places[column]]) for column in ("prompt_tokens", "output_tokens"))
-            arrived -= origin[0]
-            if arrived < before:
+            arrived = _seconds(moment, origin, scale)
+            prompt = _tokens("prompt_tokens", row[places["prompt_tokens"]])
+            output = _tokens("output_tokens", row[places["output_tokens"]], least=0)
+            if before > arrived:
                 raise ValueError(f"the request arrives at {arrived:g} s, before the one above it at {before:g} s; sort requests by time")
-            request = Request(arrived_at=arrived, prompt_tokens=prompt, output_tokens=output)
+            request = Request(arrived_at=arrived, prompt_tokens=prompt, output_tokens=output or 1)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
         before = arrived
-        yield request
-    if origin is None:
-        raise ValueError(f"{path}, line {number}: there is no request below the header; give at least one")
+        if output:
+            yield request
+        else:
+            empty.append(lines.line_num)
+    if empty and not skip_empty:
+        raise ValueError(
+            f"{path}, line {empty[0]}: output_tokens must be at least 1, and {len(empty)} lines of the file have 0; leave them out with "
+            "skip_empty=True"
+        )
+    if math.isinf(before):
+        raise ValueError(f"{path}, line {max(lines.line_num, 1)}: there is no request below the header; give at least one")
 
 
-def _time(text: str) -> tuple[float, bool]:
-    """Seconds, and whether the text was a date; one without a time zone counts as UTC."""
+def _places(path: Path, header: list[str]) -> dict[str, int]:
+    """Where each column of a trace stands."""
+    places = {}
+    for column, names in COLUMNS.items():
+        found = [place for place, name in enumerate(header) if name.strip().lower() in names]
+        if not found:
+            raise ValueError(f"{path}, line 1: there is no column {column!r}; name one of {list(names)}")
+        if len(found) > 1:
+            listed = ", ".join(repr(header[place]) for place in found)
+            raise ValueError(f"{path}, line 1: there are several columns that may be {column!r}: {listed}; keep one of them")
+        places[column] = found[0]
+    return places
+
+
+def _time(text: str) -> float | datetime:
+    """Seconds, or a date; one without a time zone counts as UTC."""
     try:
-        return float(text), False
+        return float(text)
     except ValueError:
         pass
     try:
@@ -164,15 +218,22 @@ def _time(text: str) -> tuple[float, bool]:
         raise ValueError(
             f"arrived_at must be seconds or a date such as 2023-11-16 18:17:03.98, not {shown(text)}; correct the line"
         ) from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), True
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _tokens(column: str, text: str) -> int:
+def _seconds(moment: float | datetime, origin: float | datetime, scale: float) -> float:
+    """Seconds of a time of which ``scale`` make one, or since the date ``origin``: the microseconds of dates are subtracted exactly."""
+    if isinstance(moment, datetime) and isinstance(origin, datetime):
+        return (moment - origin).total_seconds()
+    return float(moment) / scale  # type: ignore[arg-type]  # both are numbers
+
+
+def _tokens(column: str, text: str, *, least: int = 1) -> int:
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not (number.is_integer() and 1 <= number <= MOST_TOKENS):
+    if not (number.is_integer() and least <= number <= MOST_TOKENS):
         raise ValueError(
             f"{column} must be a whole number of tokens, at least 1 and at most {MOST_TOKENS}, not {shown(text)}; drop the line"
         )
@@ -209,7 +270,8 @@ class Lengths:
         sides = []
         for side in ("prompt", "output"):
             median, sigma, longest = (getattr(self, name) for name in (f"{side}_median", f"{side}_sigma", f"longest_{side}"))
-            lengths = np.exp(generator.normal(math.log(median), sigma, number))
+            with np.errstate(over="ignore"):  # what no double holds is cut at the longest, too
+                lengths = np.exp(generator.normal(math.log(median), sigma, number))
             sides.append(np.clip(np.rint(lengths), 1, longest).astype(np.int64))
         return sides[0], sides[1]
 
@@ -276,10 +338,13 @@ def uniform_trace(
     number: int, *, prompt_tokens: tuple[int, int], output_tokens: tuple[int, int], rate: float = math.inf, seed: int = 0
 ) -> Trace:
     """``number`` requests whose lengths are uniform between two ends, both included; they arrive as in ``poisson_trace``."""
-    number, generator = whole("uniform trace", "number", number, "requests"), np.random.default_rng(seed)
+    number, generator = whole("uniform trace", "number", number, "requests"), _generator("uniform trace", seed)
     sides = []
     for name, ends in (("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)):
-        low, high = (whole("uniform trace", name, end, "tokens") for end in ends)
+        pair = wholes("uniform trace", name, ends, "tokens")
+        if len(pair) != 2:
+            raise ValueError(f"uniform trace: {name} must be the shortest and the longest, as in (256, 1536), not {shown(ends)}")
+        low, high = pair
         if low > high:
             raise ValueError(f"uniform trace: {name} must go from the shortest to the longest, not from {low} to {high}; swap them")
         sides.append(generator.integers(low, high + 1, number).tolist())
@@ -292,7 +357,9 @@ def poisson_trace(lengths: Lengths | str, number: int, *, rate: float = math.inf
         if lengths not in LENGTHS:
             raise ValueError(f"there are no lengths {lengths!r}; name one of {list(LENGTHS)}, or give Lengths")
         lengths = LENGTHS[lengths]
-    number, generator = whole("poisson trace", "number", number, "requests"), np.random.default_rng(seed)
+    if not isinstance(lengths, Lengths):
+        raise ValueError(f"poisson trace: lengths must be one of {list(LENGTHS)}, or Lengths, not {shown(lengths)}")
+    number, generator = whole("poisson trace", "number", number, "requests"), _generator("poisson trace", seed)
     prompts, outputs = lengths.drawn(generator, number)
     return Trace.from_arrays(lengths.name, _arrivals("poisson trace", generator, number, rate), prompts.tolist(), outputs.tolist())
 
@@ -301,7 +368,18 @@ def _arrivals(what: str, generator: np.random.Generator, number: int, rate: floa
     """Times [s] with exponential gaps of mean 1 / rate, the first one after such a gap."""
     check_number(what, "rate", rate, "requests/s")
     gaps = generator.exponential(size=number)
-    return [float(at) for at in np.cumsum(gaps / rate)]
+    with np.errstate(over="ignore"):
+        found = np.cumsum(gaps / rate)
+    if math.ulp(found[-1]) > FINEST or math.isinf(found[-1]):
+        raise ValueError(f"{what}: rate must be such that all arrive before 2**33 s, not {shown(rate)} requests/s; raise it")
+    return [float(at) for at in found]
+
+
+def _generator(what: str, seed: object) -> np.random.Generator:
+    """NumPy's generator of a seed, which must be given, so that a trace can be drawn again."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"{what}: seed must be a whole number from 0 to 2**32 - 1, not {shown(seed)}")
+    return np.random.default_rng(int(seed))
 
 
 def h2m2_trace(
@@ -322,7 +400,7 @@ def h2m2_trace(
         raise ValueError(
             f"{what}: shortest must be at most longest and mean_output at least 1, not {shortest}, {longest} and {mean_output}"
         )
-    generator = np.random.default_rng(seed)
+    generator = _generator(what, seed)
     requests: list[Request] = []
     free_at = np.zeros(batch, dtype=np.int64)
     while (start := int(free_at.min())) < iterations:

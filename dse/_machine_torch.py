@@ -1,0 +1,281 @@
+"""What a profile runs on a GPU, through PyTorch, for a grid of shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import cycle, product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..models.kernel_gemm import GemmTime
+from ..models.units import GiB, KiB, MiB
+from ._machine_kernels import (
+    COLD,
+    QUICK_SIZES,
+    SIZES,
+    Cell,
+    Machine,
+    Passes,
+    check_room,
+    host_machine,
+    plain,
+    software_versions,
+    text_of,
+    wall,
+)
+
+HALF = 2.0
+"""Bytes of a number in products and attention: 16 bits."""
+
+
+def cuda_torch() -> Any:
+    """PyTorch, with a GPU that it can use; ValueError in one sentence without."""
+    try:
+        import torch
+    except ImportError:
+        raise ValueError("a profile of a GPU needs PyTorch: pip install 'memsplit[runtime]', or profile --device cpu") from None
+    if not torch.cuda.is_available():
+        raise ValueError("PyTorch finds no CUDA device here; profile --device cpu, or install a driver and a PyTorch with CUDA")
+    return torch
+
+
+def cuda_machine(torch: Any) -> Machine:
+    """This machine with its current GPU."""
+    host, sheet = host_machine(), torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Machine(
+        cpu=host.cpu,
+        cores=host.cores,
+        memory=host.memory,
+        cache=host.cache,
+        gpu=plain(torch.cuda.get_device_name()),
+        gpu_memory=float(torch.cuda.mem_get_info()[1]),
+        gpu_cache=float(getattr(sheet, "L2_cache_size", 0)) or None,
+        multiprocessors=int(sheet.multi_processor_count),
+        capability=tuple(torch.cuda.get_device_capability()),
+        software=software_versions(f"PyTorch {torch.__version__}", f"CUDA {torch.version.cuda or torch.version.hip}", *_driver()),
+    )
+
+
+def _driver() -> tuple[str, ...]:
+    found = re.search(r"Kernel Module[^\d]*([\d.]+)", text_of("/proc/driver/nvidia/version"))
+    return (f"driver {found[1]}",) if found else ()
+
+
+class Grid(NamedTuple):
+    """What is measured: ``sizes`` [B] read and copied, products of ``rows`` m and ``widths`` (n, k), attention of ``batches`` at
+    ``contexts`` with ``heads`` (query, KV, dimension), ``states`` [MiB] of decode steps, and ``copies`` [B] over the host link."""
+
+    sizes: tuple[int, ...]
+    widths: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    heads: tuple[tuple[int, int, int], ...]
+    batches: tuple[int, ...]
+    states: tuple[int, ...]
+    copies: tuple[int, ...]
+
+
+QUICK = Grid(
+    sizes=(GiB, *QUICK_SIZES),
+    widths=((4096, 4096), (4096, 11008), (12288, 4096)),
+    rows=(2048, 1, 64),
+    contexts=(512, 4096),
+    heads=((32, 32, 128), (32, 8, 128)),
+    batches=(1, 16),
+    states=(0, 512),
+    copies=QUICK_SIZES,
+)
+FULL = Grid(
+    sizes=(GiB, *SIZES),
+    widths=(*QUICK.widths, (22016, 4096)),
+    rows=(4096, 1, 8, 32, 64, 128, 256, 512, 1024, 2048),
+    contexts=(256, 512, 1024, 2048, 4096),
+    heads=(*QUICK.heads, (16, 16, 64), (64, 8, 128), (40, 40, 128)),
+    batches=(1, 8, 32),
+    states=(0, 512, 1024),
+    copies=(*SIZES, 256 * KiB, 64 * KiB, 16 * KiB),
+)
+"""Shapes of LLMs of 7 to 70 G parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchKernels:
+    """Kernels of a GPU through PyTorch, on its current stream, timed by events; ``place`` "cpu" runs the same code for tests.
+
+    Products are of 16 bits, with as many weights in turn as the kernel model says.
+    """
+
+    torch: Any
+    machine: Machine
+    place: str = "cuda"
+    quick: bool = False
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.size:
+            free = self.torch.cuda.mem_get_info()[0] if self.place == "cuda" else 64 * MiB
+            object.__setattr__(self, "size", int(min(4 * GiB, free // 4) // MiB * MiB))
+
+    @cached_property
+    def dtype(self) -> Any:
+        """16 bits: bfloat16 where tensor cores know it, else float16."""
+        return self.torch.float16 if self.place == "cuda" and self.machine.capability < (8, 0) else self.torch.bfloat16
+
+    @cached_property
+    def source(self) -> Any:
+        """Small numbers."""
+        return self.torch.empty(self.size // 2, device=self.place, dtype=self.dtype).uniform_(-0.02, 0.02)
+
+    @cached_property
+    def target(self) -> Any:
+        """The same again."""
+        return self.source.clone()
+
+    def close(self) -> None:
+        """Free the buffers."""
+        for name in ("source", "target"):
+            self.__dict__.pop(name, None)
+        if self.place == "cuda":
+            self.torch.cuda.empty_cache()
+
+    def cells(self) -> Sequence[Cell]:
+        """Reading and copying, products, attention, decode steps of one request, launches, and copies over the host link."""
+        grid = QUICK if self.quick else FULL
+        cells = [self._memory(kind, size) for size, kind in product(grid.sizes, ("read", "copy"))]
+        cells += [self._product(m, n, k) for (n, k), m in product(grid.widths, grid.rows)]
+        cells += [self._attention(batch, seq, *each) for seq, each, batch in product(grid.contexts, grid.heads, grid.batches)]
+        cells += [self._step(weights, state) for weights, state in product((1024, 2048, 4096), grid.states)]
+        cells += [self._launch(variant) for variant in ("queued", "synchronised")]
+        ways = product(grid.copies, ("pinned", "pageable"), ("h2d", "d2h"))
+        return [*cells, *(self._copy(f"{way}_{kind}", size) for size, kind, way in ways)]
+
+    def _timed(self, work: Callable[[], object]) -> Passes:
+        """Seconds by the GPU's own clock, from the begin of the first pass to the end of the last."""
+        if self.place != "cuda":
+            return wall(lambda passes: [work() for _ in range(passes)])
+        cuda = self.torch.cuda
+
+        def timed(passes: int) -> float:
+            begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+            cuda.synchronize()
+            begin.record()
+            for _ in range(passes):
+                work()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) * 1e-3
+
+        return timed
+
+    def _waited(self, work: Callable[[], object]) -> Passes:
+        """Seconds by the host's clock, which waits for the GPU after each pass."""
+        wait = self.torch.cuda.synchronize if self.place == "cuda" else lambda: None
+
+        def each(passes: int) -> None:
+            for _ in range(passes):
+                work()
+                wait()
+
+        return wall(each)
+
+    def _cold(self, touched: float) -> bool:
+        return touched >= COLD * (self.machine.gpu_cache or 0.0)
+
+    def _cell(
+        self, kind: str, shape: Mapping[str, float], prepare: Callable[[], Passes], moved: float, touched: float, **more: Any
+    ) -> Cell:
+        return Cell(device="cuda", kind=kind, shape=shape, prepare=prepare, nbytes=moved, cold=self._cold(touched), **more)
+
+    def _memory(self, kind: str, size: int) -> Cell:
+        def prepare() -> Passes:
+            check_room(size, self.size)
+            words = self.torch.float32
+            source, target = self.source[: size // 2].view(words), self.target[: size // 2].view(words)
+            return self._timed(source.sum if kind == "read" else lambda: target.copy_(source))
+
+        return self._cell(kind, {"bytes": size}, prepare, size * (2.0 if kind == "copy" else 1.0), size)
+
+    def _in_turn(self, buffer: Any, shape: tuple[int, ...], copies: int) -> Iterator[Any]:
+        length = int(np.prod(shape))
+        check_room(HALF * length, self.size)
+        count = min(copies, len(buffer) // length)
+        return cycle([buffer[i * length : (i + 1) * length].view(*shape) for i in range(count)])
+
+    def _product(self, m: int, n: int, k: int) -> Cell:
+        copies = int(GemmTime().copies)
+
+        def prepare() -> Passes:
+            weights = self._in_turn(self.source, (n, k), copies)
+            rows = self.target[: m * k].view(m, k)
+            return self._timed(lambda: self.torch.nn.functional.linear(rows, next(weights)))
+
+        moved = HALF * (n * k + m * k + m * n)
+        shape = {"m": m, "n": n, "k": k}
+        return self._cell("gemm", shape, prepare, moved, copies * HALF * n * k, variant="bf16", flops=2.0 * m * n * k)
+
+    def _attention(self, batch: int, seq: int, heads: int, kv_heads: int, head_dim: int) -> Cell:
+        """PyTorch's own attention; of the back-ends that the kernel model knows, vLLM's is the most like it."""
+        shape = {"batch": batch, "seq": seq, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        moved = 2 * HALF * batch * head_dim * (seq * kv_heads + heads)
+        flops = 4.0 * batch * seq * heads * head_dim
+        # One cache, used again and again, as in the measurements that the kernel model is made for.
+        prepare = partial(self._prepared_attention, shape)
+        return self._cell("decode_attention", shape, prepare, moved, moved, variant="vllm", flops=flops)
+
+    def _prepared_attention(self, shape: Mapping[str, int]) -> Passes:
+        return self._timed(self._attend(shape))
+
+    def _attend(self, shape: Mapping[str, int]) -> Callable[[], object]:
+        batch, seq, heads, kv_heads, head_dim = shape.values()
+        cached = (batch, kv_heads, seq, head_dim)
+        key, value = (next(self._in_turn(buffer, cached, 1)) for buffer in (self.source, self.target))
+        query = self.torch.full((batch, heads, 1, head_dim), 0.01, device=self.place, dtype=self.dtype)
+        attention = self.torch.nn.functional.scaled_dot_product_attention
+        grouped = {"enable_gqa": True} if heads != kv_heads else {}
+        return lambda: attention(query, key, value, **grouped)
+
+    def _step(self, weights: int, state: int) -> Cell:
+        """All weights once, by one token, and ``state`` MiB of keys and values."""
+        wide, products = 8192, weights * MiB // (2 * 8192 * 8192)
+
+        def prepare() -> Passes:
+            matrices = self._in_turn(self.source, (wide, wide), products)
+            token = self.torch.full((1, wide), 0.01, device=self.place, dtype=self.dtype)
+            shape = {"batch": 1, "seq": state * MiB // (2 * 32 * 128 * 2), "heads": 32, "kv_heads": 32, "head_dim": 128}
+            attend = self._attend(shape) if state else lambda: None
+
+            def work() -> None:
+                for _ in range(products):
+                    self.torch.nn.functional.linear(token, next(matrices))
+                attend()
+
+            return self._timed(work)
+
+        shape = {"weight_bytes": weights * MiB, "state_bytes": state * MiB, "n_gpu": 1}
+        return self._cell("stream", shape, prepare, float((weights + state) * MiB), float(min(weights * MiB, self.size)))
+
+    def _launch(self, variant: str) -> Cell:
+        """A kernel that does next to nothing, one of many in the queue or waited for."""
+
+        def prepare() -> Passes:
+            one = self.torch.zeros(1, device=self.place)
+            return (self._timed if variant == "queued" else self._waited)(lambda: one.add_(1))
+
+        return self._cell("launch", {}, prepare, 0.0, 0.0, variant=variant)
+
+    def _copy(self, variant: str, size: int) -> Cell:
+        """Between a buffer of the host and one of the GPU; copies of pageable memory return when they are done."""
+
+        def prepare() -> Passes:
+            pinned = variant.endswith("_pinned")
+            host = self.torch.empty(size, dtype=self.torch.uint8, pin_memory=pinned).fill_(1)
+            there = self.torch.ones(size, dtype=self.torch.uint8, device=self.place)
+            target, source = (there, host) if variant.startswith("h2d") else (host, there)
+            timed = self._timed if pinned else self._waited
+            return timed(lambda: target.copy_(source, non_blocking=pinned))
+
+        return Cell(device="cuda", kind="host_link", variant=variant, shape={"bytes": size}, prepare=prepare, nbytes=float(size))
