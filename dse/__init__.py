@@ -22,6 +22,7 @@ from .record import record
 from .replay import Against, Migration, Replay, against_optimum, replay
 from .replay_offload import OffloadAgainst, OffloadReplay, against_offload_optimum, replay_offload
 from .rerun import explain_row, rerun
+from .runtime import CachePlan, EmulatedLink, FullKV, Generation, LayerTimes, Placement, Runtime, SplitKV, TransferKV
 from .samplers import GP, NSGA2, NSGA3, QMC, SAMPLERS, TPE, RandomSearch, Sampler, sampler_named
 from .speedup import H2M2_SWEEPS, Method, h2m2_methods, speedups
 from .split_sweep import SplitSweep
@@ -42,10 +43,15 @@ __all__ = [
     "Against",
     "Bottleneck",
     "BreakEven",
+    "CachePlan",
     "Constraint",
+    "EmulatedLink",
     "Explanation",
     "Flip",
+    "FullKV",
+    "Generation",
     "Grid",
+    "LayerTimes",
     "Lever",
     "MachineProfile",
     "MappingScore",
@@ -59,14 +65,18 @@ __all__ = [
     "OffloadAgainst",
     "OffloadReplay",
     "OffloadScore",
+    "Placement",
     "PlanScore",
     "RandomSearch",
     "RatioSweep",
     "Replay",
+    "Runtime",
     "Sampler",
     "Sobol",
+    "SplitKV",
     "SplitSweep",
     "StepSweep",
+    "TransferKV",
     "Worth",
     "against_offload_optimum",
     "against_optimum",

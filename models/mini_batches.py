@@ -106,7 +106,7 @@ class MiniBatchProblem:
         """
         if plan.blocks != problem.blocks:
             raise ValueError(f"the plan holds {plan.blocks} blocks, the problem has {problem.blocks}: it belongs to another problem")
-        _, act_gpu, kv_host, act_host = _shares(np.array(problem.request_blocks, dtype=np.int64), plan)
+        _, act_gpu, kv_host, act_host = request_shares(np.array(problem.request_blocks, dtype=np.int64), plan)
         layers = sum(layer.layers for layer in problem.layers)
 
         def mean(numbers: list[float]) -> float:
@@ -177,7 +177,7 @@ class MiniBatchProblem:
         return "each request fits into a mini-batch alone, so there is a plan; this is a defect of memsplit, please report it"
 
 
-def _shares(blocks: NDArray[np.int64], plan: CacheRatioPlan) -> tuple[NDArray[np.int64], ...]:
+def request_shares(blocks: NDArray[np.int64], plan: CacheRatioPlan) -> tuple[NDArray[np.int64], ...]:
     """KV and ACT blocks on GPU and host of each request: the GPU's go to requests that come first, forms follow the ratio there."""
     before = np.concatenate([[0], np.cumsum(blocks)])
     near = np.diff(np.minimum(before, plan.kv_gpu + plan.act_gpu))

@@ -26,6 +26,15 @@ VENDORS = {
     "matplotlib": ("dse/plots.py",),
     "numba": ("solvers/_table_compiled.py",),
     "sklearn": ("studies/fidelity.py",),
+    "torch": (
+        "dse/runtime.py",
+        "dse/_runtime_decoder.py",
+        "dse/_runtime_link.py",
+        "dse/_runtime_modes.py",
+        "dse/_runtime_states.py",
+        "dse/_machine_torch.py",
+    ),
+    "safetensors": ("dse/_runtime_decoder.py",),
 }
 LAZY_VENDORS = ("pulp", "ortools", "optuna")
 MAX_LINES = 500

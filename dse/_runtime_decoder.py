@@ -1,0 +1,478 @@
+"""A decoder-only LLM in PyTorch, of OPT's or Llama's architecture, in pieces that the executed plans put together.
+
+State is kept with tokens first, [tokens, requests, ...]: a range of tokens is then one piece of memory, which one copy moves, and what a
+projection writes is the state itself. The weights of a layer are one piece of memory, too, those that keys and values need first:
+
+    norm, W_K, W_V | W_Q, W_O, norm of the FFN, FFN
+
+so that the first tensors of a layer can be streamed by one or two copies while the others stay on the device. The input X of a layer, the
+hidden state before its norm, gives keys and values again: K = rotate(norm(X) W_K, position), V = norm(X) W_V.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from ..models.llm import LLMConfig
+
+ALIGNED = 64
+"""Elements that a tensor of a layer starts at a multiple of: 128 bytes and more, which every copy and matrix kernel likes."""
+
+OPT_OFFSET = 2
+"""Rows of OPT's table of positions that come before the first token's."""
+
+Family = Literal["opt", "llama"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What an ``LLMConfig`` leaves open: ``theta`` of RoPE, ``epsilon`` of the norms, and the longest context (0: any)."""
+
+    family: Family
+    theta: float = 10_000.0
+    epsilon: float = 1e-5
+    longest: int = 0
+
+
+def architecture_of(llm: LLMConfig) -> Architecture:
+    """OPT: LayerNorm and learned positions; Llama (Mistral, Qwen2, Qwen3): RMSNorm, RoPE, gated FFN; ValueError for any other."""
+    what = f"runtime: LLM {llm.name!r}"
+    for field, found in (("MLA", llm.kv_lora_rank), ("experts", llm.num_experts), ("relative positions", llm.relative_position_projection)):
+        if found:
+            raise ValueError(f"{what} has {field}, which the runtime does not execute; take an LLM of OPT's or Llama's architecture")
+    if llm.norm_bias and llm.max_position_embeddings > OPT_OFFSET and not llm.gated_ffn and not llm.qk_norm:
+        return Architecture(family="opt", longest=llm.max_position_embeddings - OPT_OFFSET)
+    if llm.gated_ffn and not llm.norm_bias and not llm.max_position_embeddings:
+        if llm.head_dim % 2:
+            raise ValueError(f"{what} has a head_dim of {llm.head_dim}, but rotary positions turn pairs; make it even")
+        return Architecture(family="llama")
+    raise ValueError(
+        f"{what} is neither of OPT's architecture (LayerNorm, learned positions, plain FFN) nor of Llama's (RMSNorm, rotary positions, "
+        "gated FFN); take an LLM that is"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of a layer: its name, shape, and where it lies in the layer's memory, in elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def elements(self) -> int:
+        """Elements, without what alignment adds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The tensors of a layer in order, the elements of those that recomputation needs (``first``), and of all."""
+
+    parts: tuple[Part, ...]
+    first: int
+    total: int
+
+    @classmethod
+    def of(cls, llm: LLMConfig) -> Layout:
+        """The layout of every layer of an LLM; matrices are [outputs, inputs]."""
+        d, queries, keys, ff = (
+            llm.hidden_size,
+            llm.num_attention_heads * llm.head_dim,
+            llm.num_key_value_heads * llm.head_dim,
+            llm.intermediate_size,
+        )
+        qkv = llm.attention_bias or llm.qkv_bias
+        shapes: list[tuple[str, tuple[int, ...], bool]] = [
+            ("norm1.weight", (d,), True),
+            ("norm1.bias", (d,), llm.norm_bias),
+            ("k.weight", (keys, d), True),
+            ("k.bias", (keys,), qkv),
+            ("k_norm.weight", (llm.head_dim,), llm.qk_norm),
+            ("v.weight", (keys, d), True),
+            ("v.bias", (keys,), qkv),
+            ("q.weight", (queries, d), True),
+            ("q.bias", (queries,), qkv),
+            ("q_norm.weight", (llm.head_dim,), llm.qk_norm),
+            ("o.weight", (d, queries), True),
+            ("o.bias", (d,), llm.attention_bias),
+            ("norm2.weight", (d,), True),
+            ("norm2.bias", (d,), llm.norm_bias),
+            ("gate.weight", (ff, d), llm.gated_ffn),
+            ("gate.bias", (ff,), llm.gated_ffn and llm.mlp_bias),
+            ("up.weight", (ff, d), True),
+            ("up.bias", (ff,), llm.mlp_bias),
+            ("down.weight", (d, ff), True),
+            ("down.bias", (d,), llm.mlp_bias),
+        ]
+        parts, at, first = [], 0, 0
+        for name, shape, used in shapes:
+            if name == "q.weight":
+                first = at
+            if used:
+                parts.append(Part(name, shape, at))
+                at += -(-math.prod(shape) // ALIGNED) * ALIGNED
+        return cls(tuple(parts), first, at)
+
+    def cut(self, share: float) -> int:
+        """Elements at the front of a layer to stream, whole tensors, nearest to ``share`` of its memory."""
+        ends = [part.begin for part in self.parts] + [self.total]
+        return min(ends, key=lambda end: (abs(end - share * self.total), end))
+
+    def views(self, *pieces: tuple[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a layer whose memory lies in ``pieces``: (element of the layer at which it begins, memory)."""
+        found: dict[str, torch.Tensor] = {}
+        for part in self.parts:
+            for begin, memory in pieces:
+                if begin <= part.begin < begin + len(memory):
+                    found[part.name] = memory[part.begin - begin : part.begin - begin + part.elements].view(part.shape)
+        return found
+
+
+Weights = dict[str, torch.Tensor]
+
+
+class Decoder:
+    """The arithmetic of one LLM on one device; ``outside`` has the embeddings, the last norm and the LM head."""
+
+    def __init__(self, llm: LLMConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device, outside: Weights) -> None:
+        self.llm, self.architecture, self.dtype, self.device, self.outside = llm, architecture, dtype, device, outside
+        self.layout = Layout.of(llm)
+        self.key_width = llm.num_key_value_heads * llm.head_dim
+        self._angles = torch.empty(0)
+        self._cos = self._sin = torch.empty(0)
+
+    def reach(self, tokens: int) -> None:
+        """Make ready for positions below ``tokens``; ValueError beyond the longest context."""
+        longest = self.architecture.longest
+        if longest and tokens > longest:
+            raise ValueError(
+                f"runtime: {self.llm.name!r} has positions for {longest} tokens, not for {tokens}; shorten the prompts or generate fewer"
+            )
+        if self.architecture.family == "llama" and len(self._cos) < tokens:
+            half = self.llm.head_dim // 2
+            # Angles in single precision on any device and for any dtype, as Hugging Face computes them.
+            turns = self.architecture.theta ** (-torch.arange(half, dtype=torch.float32) / half)
+            angles = torch.arange(tokens, dtype=torch.float32)[:, None] * turns
+            angles = torch.cat([angles, angles], dim=-1)[:, None, None, :]
+            self._cos, self._sin = (part.to(self.device, self.dtype) for part in (angles.cos(), angles.sin()))
+
+    def embed(self, tokens: torch.Tensor, begin: int) -> torch.Tensor:
+        """Hidden states [tokens, requests, hidden] of tokens [tokens, requests], the first at position ``begin``."""
+        x = F.embedding(tokens, self.outside["embedding"])
+        if self.architecture.family == "opt":
+            rows = begin + OPT_OFFSET
+            x = x + self.outside["positions"][rows : rows + len(tokens)][:, None, :]
+        return x
+
+    def norm(self, x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
+        """LayerNorm with a bias, else RMSNorm, over the last dimension."""
+        weight, epsilon = weights[f"{name}.weight"], self.architecture.epsilon
+        if self.architecture.family == "opt":
+            return F.layer_norm(x, weight.shape, weight, weights[f"{name}.bias"], epsilon)
+        return _rms_norm(x, weight, epsilon)
+
+    def rotate(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+        """RoPE: the halves of each head of [tokens, requests, heads, head_dim] turn by the angles of the tokens' positions."""
+        first, second = x.chunk(2, dim=-1)
+        return x * self._cos[positions] + torch.cat([-second, first], dim=-1) * self._sin[positions]
+
+    def keys_values(
+        self, weights: Weights, x: torch.Tensor, positions: slice | torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Write keys and values of inputs [tokens, requests, hidden] to contiguous [tokens, requests, KV x head_dim]; returns norm(x).
+
+        ``positions``: of the tokens, a slice or an index for each.
+        """
+        normed = self.norm(x, weights, "norm1")
+        rows = normed.reshape(-1, x.shape[-1])
+        for name, out in (("k", keys), ("v", values)):
+            _linear(weights, name, rows, out.view(-1, self.key_width))
+        if self.architecture.family == "llama":
+            heads = keys.view(*keys.shape[:2], self.llm.num_key_value_heads, self.llm.head_dim)
+            turned = heads
+            if self.llm.qk_norm:
+                turned = _rms_norm(heads, weights["k_norm.weight"], self.architecture.epsilon)
+            heads.copy_(self.rotate(turned, positions))
+        return normed
+
+    def _queries(self, weights: Weights, normed: torch.Tensor, positions: slice) -> torch.Tensor:
+        """Queries [tokens, requests, heads, head_dim]."""
+        queries = F.linear(normed, weights["q.weight"], weights.get("q.bias"))
+        queries = queries.view(*normed.shape[:2], self.llm.num_attention_heads, self.llm.head_dim)
+        if self.architecture.family == "llama":
+            if self.llm.qk_norm:
+                queries = _rms_norm(queries, weights["q_norm.weight"], self.architecture.epsilon)
+            queries = self.rotate(queries, positions)
+        return queries
+
+    def prefill_layer(self, weights: Weights, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The layer's output [tokens, requests, hidden] of whole prompts; their keys and values are written."""
+        tokens, requests = x.shape[:2]
+        places = slice(0, tokens)
+        normed = self.keys_values(weights, x, places, keys, values)
+        shape = (tokens, requests, self.llm.num_key_value_heads, self.llm.head_dim)
+        queries = self._queries(weights, normed, places).permute(1, 2, 0, 3)
+        grouped = self.llm.num_key_value_heads != self.llm.num_attention_heads
+        seen = F.scaled_dot_product_attention(
+            queries, keys.view(shape).permute(1, 2, 0, 3), values.view(shape).permute(1, 2, 0, 3), is_causal=True, enable_gqa=grouped
+        )
+        return self._rest(weights, x, seen.permute(2, 0, 1, 3).reshape(tokens, requests, -1))
+
+    def decode_layer(
+        self, weights: Weights, x: torch.Tensor, place: int, segments: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """The layer's output [1, requests, hidden] of one new token a request at position ``place``.
+
+        ``segments``: keys and values [tokens, requests, KV x head_dim] of all tokens in pieces; the last row of the last piece is the new
+        token's and is written here.
+        """
+        keys, values = segments[-1]
+        normed = self.keys_values(weights, x, slice(place, place + 1), keys[-1:], values[-1:])
+        llm, requests = self.llm, x.shape[1]
+        kv_heads = requests * llm.num_key_value_heads
+        queries = self._queries(weights, normed, slice(place, place + 1))
+        queries = queries.reshape(kv_heads, llm.num_attention_heads // llm.num_key_value_heads, llm.head_dim)
+        scores = [torch.bmm(queries, one.view(len(one), kv_heads, llm.head_dim).permute(1, 2, 0)) for one, _ in segments]
+        together = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+        shares = torch.softmax(together.float() * llm.head_dim**-0.5, dim=-1).to(x.dtype)
+        parts, begin = [], 0
+        for _, one in segments:
+            parts.append(torch.bmm(shares[..., begin : begin + len(one)], one.view(len(one), kv_heads, llm.head_dim).transpose(0, 1)))
+            begin += len(one)
+        seen = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+        return self._rest(weights, x, seen.view(1, requests, -1))
+
+    def _rest(self, weights: Weights, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """What follows attention: its output projection and the FFN, each added to what came in."""
+        x = x + F.linear(seen, weights["o.weight"], weights.get("o.bias"))
+        normed = self.norm(x, weights, "norm2")
+        inner = F.linear(normed, weights["up.weight"], weights.get("up.bias"))
+        inner = inner * F.silu(F.linear(normed, weights["gate.weight"], weights.get("gate.bias"))) if self.llm.gated_ffn else F.relu(inner)
+        return x + F.linear(inner, weights["down.weight"], weights.get("down.bias"))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[requests, vocabulary] of hidden states [requests, hidden], in single precision."""
+        return F.linear(self.norm(x, self.outside, "norm"), self.outside["head"]).float()
+
+
+def _linear(weights: Weights, name: str, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """out = rows W^T + b, written where it is wanted."""
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    if bias is None:
+        torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """In single precision inside, as in Llama."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)).to(x.dtype) * weight
+
+
+# Where weights come from
+
+
+def outside_shapes(llm: LLMConfig) -> dict[str, tuple[int, ...]]:
+    """Tensors outside the layers; without "head" the embeddings are the LM head."""
+    d = llm.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (llm.vocab_size, d), "norm.weight": (d,)}
+    if llm.norm_bias:
+        shapes["norm.bias"] = (d,)
+    if llm.max_position_embeddings:
+        shapes["positions"] = (llm.max_position_embeddings, d)
+    if not llm.tie_word_embeddings:
+        shapes["head"] = (llm.vocab_size, d)
+    return shapes
+
+
+class RandomWeights:
+    """Weights by seed, drawn on the device: the same for a device of one kind, and of each layer on its own.
+
+    Matrices are normal with deviation 1 / sqrt(inputs), so that signals neither vanish nor grow. Queries and values are twice as large,
+    so that attention looks at a few tokens, not at the mean of all, and counts. Embeddings are as small as 1 / sqrt(hidden): with larger
+    ones a tied LM head would repeat the last token for ever. Gains of norms are far from 1 and biases from 0: who forgets one is seen.
+    """
+
+    def __init__(self, llm: LLMConfig, seed: int) -> None:
+        self.llm, self.seed, self.layout = llm, seed, Layout.of(llm)
+        self.architecture = architecture_of(llm)
+
+    def fill(self, layer: int, memory: torch.Tensor) -> None:
+        """Draw the weights of a layer into its memory."""
+        random = torch.Generator(memory.device).manual_seed(self.seed * 1_000_003 + layer + 1)
+        memory.zero_()
+        for part in self.layout.parts:
+            view = memory[part.begin : part.begin + part.elements].view(part.shape)
+            _draw(view, part.name, part.shape[-1], random)
+            if part.name in ("q.weight", "v.weight"):
+                view.mul_(2)
+
+    def outside(self, dtype: torch.dtype, device: torch.device) -> Weights:
+        """Draw what is outside the layers."""
+        random = torch.Generator(device).manual_seed(self.seed * 1_000_003)
+        drawn = {}
+        for name, shape in outside_shapes(self.llm).items():
+            drawn[name] = torch.empty(shape, dtype=dtype, device=device)
+            _draw(drawn[name], name, self.llm.hidden_size, random)
+        return drawn if "head" in drawn else {**drawn, "head": drawn["embedding"]}
+
+
+def _draw(view: torch.Tensor, name: str, inputs: int, random: torch.Generator) -> None:
+    if name.endswith("bias"):
+        view.uniform_(-0.1, 0.1, generator=random)
+    elif name.startswith(("norm", "q_norm", "k_norm")):
+        view.uniform_(0.5, 1.5, generator=random)
+    else:
+        view.normal_(0, inputs**-0.5, generator=random)
+
+
+_NAMES: dict[Family, dict[str, str]] = {
+    "opt": {
+        "norm1": "self_attn_layer_norm",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "q": "self_attn.q_proj",
+        "o": "self_attn.out_proj",
+        "norm2": "final_layer_norm",
+        "up": "fc1",
+        "down": "fc2",
+        "embedding": "decoder.embed_tokens.weight",
+        "positions": "decoder.embed_positions.weight",
+        "norm": "decoder.final_layer_norm",
+        "layer": "decoder.layers",
+    },
+    "llama": {
+        "norm1": "input_layernorm",
+        "k": "self_attn.k_proj",
+        "k_norm": "self_attn.k_norm",
+        "v": "self_attn.v_proj",
+        "q": "self_attn.q_proj",
+        "q_norm": "self_attn.q_norm",
+        "o": "self_attn.o_proj",
+        "norm2": "post_attention_layernorm",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+        "embedding": "embed_tokens.weight",
+        "norm": "norm",
+        "layer": "layers",
+    },
+}
+"""Hugging Face's names of the tensors, without "model." in front, which older OPT files leave out."""
+
+
+class FolderWeights:
+    """Weights from the *.safetensors of a local folder, with the numbers that its config.json adds; nothing is downloaded."""
+
+    def __init__(self, llm: LLMConfig, folder: Path) -> None:
+        try:
+            from safetensors import safe_open
+        except ImportError:
+            raise ValueError("reading weights needs safetensors: pip install 'memsplit[runtime]'") from None
+        self.llm, self.folder, self.layout = llm, folder, Layout.of(llm)
+        self.architecture = _from_config(architecture_of(llm), folder)
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"weights {folder}: no *.safetensors there; name the folder of an LLM that holds them")
+        self._of: dict[str, Any] = {}
+        for path in files:
+            try:
+                opened: Any = safe_open(str(path), framework="pt")
+                self._of |= dict.fromkeys(opened.keys(), opened)
+            except Exception as error:  # the package raises its own kinds, of OSError or not
+                raise ValueError(f"weights {path}: no safetensors file can be read there: {error}; copy it again") from None
+        for name, shape in outside_shapes(llm).items():
+            self._check(self._outside_name(name), shape)
+        for layer in range(llm.num_hidden_layers):
+            for part in self.layout.parts:
+                self._check(self._layer_name(layer, part.name), part.shape)
+        extra = self._layer_name(llm.num_hidden_layers, "k.weight")
+        if self._found(extra) is not None:
+            raise ValueError(f"weights {folder}: tensor {extra!r} is there, but {llm.name!r} has {llm.num_hidden_layers} layers; {_OTHER}")
+
+    def _layer_name(self, layer: int, name: str) -> str:
+        stem, _, kind = name.partition(".")
+        names = _NAMES[self.architecture.family]
+        return f"model.{names['layer']}.{layer}.{names[stem]}.{kind}"
+
+    def _outside_name(self, name: str) -> str:
+        if name == "head":
+            return "lm_head.weight"
+        stem, _, kind = name.partition(".")
+        found = f"model.{_NAMES[self.architecture.family][stem]}"
+        return f"{found}.{kind}" if kind else found
+
+    def _found(self, name: str) -> str | None:
+        return next((one for one in (name, name.removeprefix("model.")) if one in self._of), None)
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self._found(name)
+        if found is None:
+            raise ValueError(f"weights {self.folder}: tensor {name!r} of shape {shape}, which {self.llm.name!r} has, is missing; {_OTHER}")
+        held = tuple(self._of[found].get_slice(found).get_shape())
+        if held != shape:
+            raise ValueError(f"weights {self.folder}: tensor {name!r} has shape {held}, but {self.llm.name!r} has {shape}; {_OTHER}")
+
+    def _read(self, name: str) -> torch.Tensor:
+        found = self._found(name) or name
+        return self._of[found].get_tensor(found)
+
+    def fill(self, layer: int, memory: torch.Tensor) -> None:
+        """Read the weights of a layer into its memory."""
+        memory.zero_()
+        for part in self.layout.parts:
+            memory[part.begin : part.begin + part.elements].view(part.shape).copy_(self._read(self._layer_name(layer, part.name)))
+
+    def outside(self, dtype: torch.dtype, device: torch.device) -> Weights:
+        """Read what is outside the layers."""
+        read = {name: self._read(self._outside_name(name)).to(device, dtype) for name in outside_shapes(self.llm)}
+        return read if "head" in read else {**read, "head": read["embedding"]}
+
+
+_OTHER = "take the folder of this LLM, or the LLMConfig of this folder (LLMConfig.from_hf)"
+
+_EXECUTED = ("opt", "llama", "mistral", "qwen2", "qwen3")
+
+
+def _from_config(architecture: Architecture, folder: Path) -> Architecture:
+    """The architecture with what the folder's config.json says of norms and positions; ValueError for what is not executed."""
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"weights {folder}: cannot read its config.json: {error.strerror}; name the folder of an LLM") from None
+    except ValueError as error:
+        raise ValueError(f"weights {path}: no JSON file: {error}; copy it again") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in _EXECUTED or (kind == "opt") != (architecture.family == "opt"):
+        raise ValueError(f"weights {path}: model_type {kind!r} is not the {architecture.family} architecture of the LLMConfig; {_OTHER}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    odd: list[tuple[str, Callable[[], bool]]] = [
+        ("rope_scaling", lambda: rope.get("rope_type", rope.get("type", "default")) != "default"),
+        ("do_layer_norm_before", lambda: config.get("do_layer_norm_before", True) is not True),
+        ("hidden_act", lambda: config.get("hidden_act", "silu") != "silu"),
+        ("activation_function", lambda: config.get("activation_function", "relu") != "relu"),
+    ]
+    for key, differs in odd:
+        if differs():
+            raise ValueError(f"weights {path}: {key} is {config.get(key, rope)!r}, which the runtime does not execute; take another LLM")
+    if kind == "opt":
+        return architecture
+    window = config.get("sliding_window") if kind == "mistral" or config.get("use_sliding_window") else None
+    return Architecture(
+        family="llama",
+        theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        longest=int(window or 0),
+    )

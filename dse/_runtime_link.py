@@ -1,0 +1,315 @@
+"""The link of the runtime: host memory, transfers that run beside the computation, and what waits for what.
+
+On CUDA each direction is a stream of its own, host memory is pinned, and waiting is done by events on the device: nothing here makes the
+host wait. On a CPU each direction is a thread that copies pieces and sleeps until the stated bandwidth allows the next one, so that
+waiting is real and the order of events is that of the CUDA code.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, Protocol
+
+import torch
+
+Direction = Literal["to_device", "to_host"]
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A target and a source of one shape and dtype, both contiguous, so that a transfer is one copy of bytes."""
+
+PIECE = 2**20
+"""Bytes that an emulated link copies at once: 1 ms at 1 GB/s, ten times what a sleep may be late by."""
+
+ALIGNMENT = 512
+"""Bytes that a tensor in a block starts at a multiple of, as PyTorch's own do."""
+
+LATE = 60.0
+"""Seconds that a wait for the emulated link may take beyond its transfer before it is called stuck."""
+
+
+class Transfers(Protocol):
+    """What the executed plans ask of a link; tickets and marks are its own."""
+
+    device: torch.device
+
+    def host(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the host that transfers reach at full speed."""
+
+    def send(self, direction: Direction, pairs: Sequence[Pair], after: Iterable[Any] = ()) -> Any:
+        """Copy, after all earlier transfers of this direction and after the tickets and marks ``after``; returns a ticket at once."""
+
+    def wait(self, ticket: Any) -> None:
+        """What is computed from now on comes after the transfer."""
+
+    def mark(self) -> Any:
+        """What has been computed up to now; None where that is done already."""
+
+    def sent(self, direction: Direction) -> int:
+        """Bytes sent so far."""
+
+    def rate(self, direction: Direction) -> float | None:
+        """Bytes per second while the direction was busy; None if it was not, or where it is not known."""
+
+    def clock(self) -> Any:
+        """A point in time of the computation, for ``elapsed``."""
+
+    def elapsed(self, points: Sequence[Any]) -> list[float]:
+        """Seconds between points in time that follow each other; waits for the last."""
+
+    def restart(self) -> None:
+        """Count bytes and busy time from now on; nothing is on its way."""
+
+    def close(self) -> None:
+        """End what runs beside the computation."""
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """An emulated transfer: whether it is done, and when."""
+
+    done: threading.Event = field(default_factory=threading.Event)
+    finished: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    pairs: list[tuple[Any, Any]]
+    after: list[_Ticket]
+    ticket: _Ticket
+    queued: float
+
+
+class _Lane(threading.Thread):
+    """One direction of an emulated link.
+
+    Transfer i of n_i bytes may not end before e_i = max(e_{i-1}, queued_i, after_i) + n_i / bandwidth. As e_i counts on and not the time
+    when a sleep ended, late sleeps do not add up.
+    """
+
+    def __init__(self, bandwidth: float) -> None:
+        super().__init__(daemon=True, name="memsplit-link")
+        self.bandwidth = bandwidth
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.sent = 0
+        self.busy = 0.0
+        self.failed: BaseException | None = None
+
+    def run(self) -> None:
+        end = ended = 0.0
+        while (job := self.jobs.get()) is not None:
+            try:
+                for ticket in job.after:
+                    ticket.done.wait()
+                begin = max(end, job.queued, *(ticket.finished for ticket in job.after))
+                nbytes = self._copy(job.pairs, begin)
+                end = begin + nbytes / self.bandwidth
+                now = time.perf_counter()
+                self.busy += now - max(begin, ended)
+                ended = now
+                self.sent += nbytes
+            except BaseException as error:  # told to whoever waits
+                self.failed = error
+            job.ticket.finished = end
+            job.ticket.done.set()
+
+    def _copy(self, pairs: list[tuple[Any, Any]], begin: float) -> int:
+        done = 0
+        for target, source in pairs:
+            for at in range(0, len(source), PIECE):
+                piece = source[at : at + PIECE]
+                target[at : at + len(piece)] = piece  # NumPy copies bytes without the interpreter's lock
+                done += len(piece)
+                rest = begin + done / self.bandwidth - time.perf_counter()
+                if rest > 0:
+                    time.sleep(rest)
+        return done
+
+
+def _as_bytes(tensor: torch.Tensor) -> Any:
+    if not tensor.is_contiguous():
+        raise ValueError("a transfer copies contiguous memory; this is a defect of memsplit, please report it")
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+class EmulatedTransfers:
+    """A link of ``bandwidth`` [B/s] each way between two parts of a CPU's memory; inf: as fast as it copies."""
+
+    def __init__(self, bandwidth: float = math.inf) -> None:
+        self.device = torch.device("cpu")
+        self._lanes: dict[Direction, _Lane] = {"to_device": _Lane(bandwidth), "to_host": _Lane(bandwidth)}
+        self._sent: dict[Direction, int] = {"to_device": 0, "to_host": 0}
+        for lane in self._lanes.values():
+            lane.start()
+
+    def host(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory like any other."""
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def send(self, direction: Direction, pairs: Sequence[Pair], after: Iterable[Any] = ()) -> _Ticket:
+        """As in ``Transfers``; marks are None, as what was computed before this call is done."""
+        lane, ticket = self._lanes[direction], _Ticket()
+        copies = [(_as_bytes(target), _as_bytes(source)) for target, source in pairs if source.numel()]
+        self._sent[direction] += sum(len(source) for _, source in copies)
+        lane.jobs.put(_Job(copies, [one for one in after if one is not None], ticket, time.perf_counter()))
+        return ticket
+
+    def wait(self, ticket: Any) -> None:
+        """Returns when the transfer is done; RuntimeError if it failed."""
+        if ticket is None:
+            return
+        while not ticket.done.wait(LATE):
+            if not all(lane.is_alive() for lane in self._lanes.values()):
+                raise RuntimeError("the emulated link's thread has ended; this is a defect of memsplit, please report it")
+        for lane in self._lanes.values():
+            if lane.failed is not None:
+                raise RuntimeError("a transfer over the emulated link failed") from lane.failed
+
+    def mark(self) -> None:
+        """Nothing: a CPU has computed when the call returns."""
+
+    def sent(self, direction: Direction) -> int:
+        """Bytes given to the lane so far."""
+        return self._sent[direction]
+
+    def rate(self, direction: Direction) -> float | None:
+        """Bytes per second of busy time."""
+        lane = self._lanes[direction]
+        return lane.sent / lane.busy if lane.busy > 0 else None
+
+    def clock(self) -> float:
+        """Seconds of the process's clock."""
+        return time.perf_counter()
+
+    def elapsed(self, points: Sequence[Any]) -> list[float]:
+        """Differences."""
+        return [after - before for before, after in pairwise(points)]
+
+    def restart(self) -> None:
+        """As in ``Transfers``."""
+        for name, lane in self._lanes.items():
+            lane.failed = None
+            self.wait(self.send(name, []))
+            self._sent[name] = lane.sent = 0
+            lane.busy = 0.0
+
+    def close(self) -> None:
+        """End both threads after what is queued."""
+        for lane in self._lanes.values():
+            lane.jobs.put(None)
+        for lane in self._lanes.values():
+            lane.join(LATE)
+
+
+class Arena:
+    """Memory in blocks of powers of two, from which tensors are cut.
+
+    PyTorch rounds each pinned allocation up to a power of two, which for the keys and values of a layer may be twice what is needed.
+    ``make``: a block of so many bytes. A block lives as long as a tensor in it.
+    """
+
+    def __init__(self, make: Callable[[int], torch.Tensor], smallest: int = 2**26, largest: int = 2**32) -> None:
+        self.make, self.smallest, self.largest = make, smallest, largest
+        self.release()
+
+    def release(self) -> None:
+        """Begin a new block with the next tensor."""
+        self._block, self._used, self._next = torch.empty(0, dtype=torch.uint8), 0, self.smallest
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of the current block, or of a new one, twice as large as the last."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._used + nbytes > len(self._block):
+            size = max(self._next, 1 << (nbytes - 1).bit_length())
+            self._block, self._used, self._next = self.make(size), 0, min(2 * size, self.largest)
+        found = self._block[self._used : self._used + nbytes].view(dtype).view(tuple(shape))
+        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return found
+
+
+class CudaTransfers:
+    """The link of a CUDA device: one stream for each direction beside the stream that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._cuda: Any = torch.cuda  # its streams and events have no types in some versions of PyTorch
+        self._streams = {name: self._cuda.Stream(device) for name in ("to_device", "to_host")}
+        self._sent: dict[Direction, int] = {"to_device": 0, "to_host": 0}
+        self._arena = Arena(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
+
+    def host(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Pinned memory, which copies need to run beside the computation."""
+        return self._arena.take(shape, dtype)
+
+    def send(self, direction: Direction, pairs: Sequence[Pair], after: Iterable[Any] = ()) -> Any:
+        """As in ``Transfers``; tickets and marks are events."""
+        stream = self._streams[direction]
+        with self._cuda.stream(stream):
+            for event in after:
+                if event is not None:
+                    stream.wait_event(event)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+                self._sent[direction] += source.numel() * source.element_size()
+                # Memory of a temporary must not be used again before the copy has read it.
+                (target if direction == "to_device" else source).record_stream(stream)
+            event = self._cuda.Event()
+            event.record(stream)
+        return event
+
+    def wait(self, ticket: Any) -> None:
+        """The stream that computes waits, the host does not."""
+        if ticket is not None:
+            self._cuda.current_stream(self.device).wait_event(ticket)
+
+    def mark(self) -> Any:
+        """An event behind all that was given to the stream that computes."""
+        event = self._cuda.Event()
+        event.record(self._cuda.current_stream(self.device))
+        return event
+
+    def sent(self, direction: Direction) -> int:
+        """Bytes given to the stream so far."""
+        return self._sent[direction]
+
+    def rate(self, direction: Direction) -> float | None:
+        """Not known: timing each transfer would need events of its own."""
+        return None
+
+    def clock(self) -> Any:
+        """An event that has a time, on the stream that computes."""
+        event = self._cuda.Event(enable_timing=True)
+        event.record(self._cuda.current_stream(self.device))
+        return event
+
+    def elapsed(self, points: Sequence[Any]) -> list[float]:
+        """Seconds between events."""
+        if points:
+            points[-1].synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in pairwise(points)]
+
+    def restart(self) -> None:
+        """As in ``Transfers``."""
+        self.close()
+        self._arena.release()
+        self._sent = {"to_device": 0, "to_host": 0}
+
+    def close(self) -> None:
+        """Wait for what is queued, so that its memory may be freed."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
+def timed(transfers: Transfers, work: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of ``repeats`` runs of ``work``, which must end with what it waits for; one more warms up."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        begin = transfers.clock()
+        work()
+        seconds += transfers.elapsed([begin, transfers.clock()])
+    return seconds

@@ -1,0 +1,386 @@
+"""Run a plan: decode with keys and values where the plan puts them, on CUDA or on a CPU with an emulated link, and measure it.
+
+    with Runtime(LLMS["opt-6.7b"], device="cuda", dtype="float16") as runtime:
+        prompts = runtime.random_prompts(32, 1024)
+        whole = runtime.generate(prompts, 32, TransferKV())
+        split = runtime.generate(prompts, 32, SplitKV(split=600))
+
+Every plan gives the same tokens; what differs is the time of a step and the memory. Needs PyTorch: ``pip install 'memsplit[runtime]'``.
+The plans executed are those of KVPR (arXiv 2411.17089), HybridServe (arXiv 2501.01792) and FlexGen (arXiv 2303.06865).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..models.checks import check_number, shown, whole
+from ..models.llm import LLMConfig
+from ..models.offload import WeightsOn, largest
+from ..models.units import GB
+from ._runtime_plans import CachePlan, ExecutedPlan, FullKV, LayerTimes, Placement, SplitKV, TransferKV
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from ._runtime_plans import Run
+    from ._runtime_states import Memory, State
+
+__all__ = [
+    "CachePlan",
+    "EmulatedLink",
+    "ExecutedPlan",
+    "FullKV",
+    "Generation",
+    "LayerTimes",
+    "Placement",
+    "Runtime",
+    "SplitKV",
+    "TransferKV",
+]
+
+LARGEST_SEED = 2**32 - 1
+"""As of the studies, so that their seeds are taken."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmulatedLink:
+    """A link of ``bandwidth`` [B/s] each way between two parts of a CPU's memory, kept by threads that copy and wait."""
+
+    bandwidth: float = GB
+
+    def __post_init__(self) -> None:
+        check_number("emulated link", "bandwidth", self.bandwidth, "B/s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Generation:
+    """What a run gave and took.
+
+    ``tokens`` [requests, generated]; ``step_seconds`` of each decode step, one fewer than tokens, as prefill gives the first one; the
+    first step waits for loads that nothing hides. ``peak_device_bytes``: on CUDA PyTorch's peak, on a CPU what weights, state and
+    buffers take; ``peak_host_bytes`` likewise. ``link_bytes`` to the device in all decode steps; ``link_rate`` [B/s] that an emulated
+    link reached while busy, None if it was not.
+    If asked for: ``logits`` [requests, generated, vocabulary], ``keys`` and ``values`` [layers, tokens, requests, KV heads, head_dim]
+    as the last step used them.
+    """
+
+    tokens: NDArray[np.int64]
+    prefill_seconds: float
+    step_seconds: tuple[float, ...]
+    peak_device_bytes: int
+    peak_host_bytes: int
+    link_bytes: int
+    link_rate: float | None
+    logits: NDArray[np.float32] | None = None
+    keys: NDArray[np.float32] | None = None
+    values: NDArray[np.float32] | None = None
+
+    @property
+    def margin(self) -> float:
+        """The least distance of the best logit from the second best: below half of it, no difference of logits changes a token."""
+        if self.logits is None:
+            raise ValueError("the margin needs logits; generate with logits=True")
+        best = np.partition(self.logits, -2, axis=-1)[..., -2:]
+        return float((best[..., 1] - best[..., 0]).min())
+
+
+def torch_or_way_out() -> Any:
+    """PyTorch; ValueError that says what to install without it."""
+    try:
+        import torch
+    except ImportError:
+        raise ValueError("the runtime needs PyTorch: pip install 'memsplit[runtime]'") from None
+    return torch
+
+
+class Runtime:
+    """An LLM with weights on one device; leave the ``with`` block, or ``close``, to end the link's threads and free the weights.
+
+    ``weights``: a local folder of *.safetensors with its config.json; without one they are random, by ``seed``. ``link``: on a CPU the
+    link to emulate, None for the speed at which memory copies; on CUDA the link is the real one. ``threads``: of a CPU's arithmetic while
+    a plan runs; the emulated link has threads of its own. ``device_capacity`` and ``host_capacity`` [B]: what a plan may take; None for
+    what is free when the runtime is made. PyTorch's setting for TF32 is left as it is.
+    """
+
+    def __init__(
+        self,
+        llm: LLMConfig,
+        *,
+        device: Literal["cpu", "cuda"] = "cpu",
+        dtype: str = "float32",
+        seed: int = 0,
+        weights: str | Path | None = None,
+        link: EmulatedLink | None = None,
+        threads: int = 1,
+        device_capacity: float | None = None,
+        host_capacity: float | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"runtime: dtype must be one of {', '.join(DTYPES)}, not {shown(dtype)}")
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"runtime: device must be 'cpu' or 'cuda', not {shown(device)}")
+        self.llm, self.threads = llm, whole("runtime", "threads", threads, "threads")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"runtime: seed must be a whole number from 0 to {LARGEST_SEED}, not {shown(seed)}")
+        for field, given in (("device_capacity", device_capacity), ("host_capacity", host_capacity)):
+            if given is not None:
+                check_number("runtime", field, given, "B")
+        torch = torch_or_way_out()
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("runtime: PyTorch finds no CUDA device here; run on device='cpu', with an EmulatedLink if you like")
+        if device == "cuda" and link is not None:
+            raise ValueError("runtime: a CUDA device has a link of its own; leave link out")
+        from ._runtime_decoder import Decoder, FolderWeights, RandomWeights
+        from ._runtime_link import CudaTransfers, EmulatedTransfers, Transfers
+        from ._runtime_modes import LayerWeights
+
+        self._on_cuda = device == "cuda"
+        place = torch.device("cuda", torch.cuda.current_device()) if self._on_cuda else torch.device("cpu")
+        free = _free_memory()
+        near = torch.cuda.mem_get_info(place)[0] if self._on_cuda else free
+        self._capacity = (near if device_capacity is None else device_capacity, free if host_capacity is None else host_capacity)
+        self._shared = not self._on_cuda and device_capacity is None and host_capacity is None
+        source = RandomWeights(llm, seed) if weights is None else FolderWeights(llm, Path(weights))
+        kind = getattr(torch, dtype)
+        self._outside_bytes = self._held_outside(kind.itemsize)
+        self._refuse(self._outside_bytes + llm.num_hidden_layers * source.layout.total * kind.itemsize, "the weights alone")
+        self._decoder = Decoder(llm, source.architecture, kind, place, source.outside(kind, place))
+        self._weights = LayerWeights(source, self._decoder)
+        self._link: Transfers | None = (
+            CudaTransfers(place) if self._on_cuda else EmulatedTransfers(float("inf") if link is None else link.bandwidth)
+        )
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the link's threads and free the weights; a second time does nothing."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+            self._weights.near, self._weights.far, self._weights.buffers = [], [], []
+            self._decoder.outside = {}
+
+    def random_prompts(self, batch: int, tokens: int, *, seed: int = 0) -> NDArray[np.int64]:
+        """Prompts [batch, tokens] of random tokens."""
+        shape = (whole("runtime", "batch", batch, "prompts"), whole("runtime", "tokens", tokens, "tokens"))
+        return np.random.default_rng(seed).integers(0, self.llm.vocab_size, shape)
+
+    def generate(
+        self, prompts: ArrayLike, generated: int, plan: ExecutedPlan | None = None, *, logits: bool = False, state: bool = False
+    ) -> Generation:
+        """Greedy decoding of ``generated`` tokens after ``prompts`` [requests, tokens], all of one length.
+
+        ``plan``: FullKV unless given. ``logits``, ``state``: whether to give those back, too; ``state`` slows the last step. ValueError if
+        the memory does not suffice, with what fits.
+        """
+        torch = torch_or_way_out()
+        link = self._opened()
+        plan = FullKV() if plan is None else plan
+        given = self._prompts(prompts)
+        generated = whole("runtime", "generated", generated, "tokens")
+        order, run = plan.run(len(given), given.shape[1], generated)
+        self._decoder.reach(run.rows)
+        needed = self._check(plan, run)
+        from ._runtime_modes import Execution
+        from ._runtime_states import Memory
+
+        cut = self._cut(plan)
+        with self._threads(torch), torch.inference_mode():
+            if self._on_cuda:
+                torch.cuda.reset_peak_memory_stats(self._decoder.device)
+            link.restart()
+            try:
+                self._weights.place(cut, link)
+                memory = Memory(self._decoder.dtype, link)
+                execution = Execution(self._decoder, self._weights, link, self._state(plan, memory, run), run)
+                tokens = torch.from_numpy(given[order]).to(self._decoder.device)
+                found = execution.generate(tokens, logits=logits, state=state)
+                prefill, steps = link.elapsed(found.prefill), link.elapsed(found.steps)
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error).lower():
+                    raise ValueError(
+                        f"runtime: memory ran out, beyond the {needed[0] / GB:.3g} GB planned for; serve fewer prompts"
+                    ) from None
+                raise
+            back = np.argsort(np.asarray(order))
+            peak = torch.cuda.max_memory_allocated(self._decoder.device) if self._on_cuda else needed[0]
+            return Generation(
+                tokens=found.tokens.cpu().numpy()[back],
+                prefill_seconds=prefill[0],
+                step_seconds=tuple(steps),
+                peak_device_bytes=int(peak),
+                peak_host_bytes=needed[1],
+                link_bytes=link.sent("to_device") - found.sent,
+                link_rate=link.rate("to_device"),
+                logits=torch.stack(found.logits, dim=1).cpu().numpy()[back] if logits else None,
+                keys=self._by_layer(found.keys, run, back) if state and found.keys else None,
+                values=self._by_layer(found.values, run, back) if state and found.values else None,
+            )
+
+    def layer_times(self, batch: int, context: int, *, gpu_batches: int = 1, weights: WeightsOn = "gpu", repeats: int = 7) -> LayerTimes:
+        """Measured seconds of the parts of one layer for ``context`` tokens of state of ``batch`` requests in ``gpu_batches`` GPU batches.
+
+        Each is the median of ``repeats`` runs with nothing beside it, over the layers in turn. ``weights``: where those of all layers are
+        meanwhile; the times are the same, the memory is not.
+        """
+        if weights not in ("gpu", "host"):
+            raise ValueError(f"runtime: weights must be on 'gpu' or on 'host', not {shown(weights)}")
+        torch = torch_or_way_out()
+        link, decoder = self._opened(), self._decoder
+        batch, context, repeats = (
+            whole("runtime", name, value, name) for name, value in (("batch", batch), ("context", context), ("repeats", repeats))
+        )
+        size = batch // whole("runtime", "gpu_batches", gpu_batches, "GPU batches")
+        if size * gpu_batches != batch:
+            raise ValueError(f"runtime: {batch} requests cannot be divided into {gpu_batches} GPU batches; give a multiple")
+        decoder.reach(context + 1)
+        from ._runtime_modes import LayerBuffers, measure_layer
+        from ._runtime_states import Memory
+
+        buffers = LayerBuffers(Memory(decoder.dtype, None), decoder, size, context)
+        cut = decoder.layout.cut(float(weights == "host"))
+        near, far = self._weights.bytes(cut)
+        if short := self._short(self._outside_bytes + near + buffers.memory.device_bytes, far + buffers.memory.host_bytes):
+            raise ValueError(f"runtime: {short}; measure fewer requests or a shorter context")
+        with self._threads(torch), torch.inference_mode():
+            self._weights.place(cut, link)
+            buffers = LayerBuffers(Memory(decoder.dtype, link), decoder, size, context)
+            return measure_layer(decoder, self._weights, link, buffers, gpu_batches, repeats)
+
+    def _opened(self) -> Any:
+        if self._link is None:
+            raise ValueError("runtime: it is closed; make another one")
+        return self._link
+
+    def _prompts(self, prompts: ArrayLike) -> NDArray[np.int64]:
+        try:
+            given = np.asarray(prompts)
+        except ValueError:
+            given = np.zeros(0)
+        if given.ndim != 2 or not given.size or given.dtype.kind not in "iu":
+            raise ValueError(
+                f"runtime: prompts must be whole numbers [requests, tokens], all of one length, not {shown(prompts)}; cut them"
+            )
+        if given.min() < 0 or given.max() >= self.llm.vocab_size:
+            raise ValueError(f"runtime: tokens of prompts must be from 0 to {self.llm.vocab_size - 1}, the vocabulary of {self.llm.name!r}")
+        return given.astype(np.int64)
+
+    @contextmanager
+    def _threads(self, torch: Any) -> Iterator[None]:
+        """PyTorch's threads are of the process: they are put back."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(before if self._on_cuda else self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _cut(self, plan: ExecutedPlan) -> int:
+        return self._decoder.layout.cut(plan.streamed)
+
+    def _state(self, plan: ExecutedPlan, memory: Memory, run: Run) -> State:
+        from ._runtime_states import CacheState, DeviceState, HostState
+
+        if isinstance(plan, FullKV):
+            return DeviceState(memory, self._decoder, run)
+        if isinstance(plan, CachePlan):
+            import torch
+
+            forms = [torch.from_numpy(one) for one in plan.forms(sum(run.sizes), run.rows)]
+            return CacheState(memory, self._decoder, run, forms)
+        if isinstance(plan, Placement):
+            return HostState(memory, self._decoder, run, resident=plan.resident(run.rows), fluid=True)
+        if isinstance(plan, SplitKV):
+            return HostState(
+                memory, self._decoder, run, split=plan.split, chunks=max(plan.chunks, 1), fluid=plan.template == "fluid" or not plan.split
+            )
+        return HostState(memory, self._decoder, run, fluid=True)
+
+    def _held_outside(self, size: int) -> int:
+        from ._runtime_decoder import outside_shapes
+
+        return size * sum(int(np.prod(shape)) for shape in outside_shapes(self.llm).values())
+
+    def _bytes(self, plan: ExecutedPlan, run: Run) -> tuple[int, int, int]:
+        """Bytes held on the device and on the host, and an estimate of what the widest products take on the device beside."""
+        from ._runtime_states import Memory
+
+        counted = Memory(self._decoder.dtype, None)
+        self._state(plan, counted, run)
+        near, far = self._weights.bytes(self._cut(plan))
+        llm, size = self.llm, self._decoder.dtype.itemsize
+        wide = 4 * llm.hidden_size + 2 * llm.num_attention_heads * llm.head_dim + (1 + llm.gated_ffn) * llm.intermediate_size
+        working = run.prompt * max(run.sizes) * wide * size + sum(run.sizes) * llm.vocab_size * (size + 4)
+        return self._outside_bytes + near + counted.device_bytes, far + counted.host_bytes, working
+
+    def _fits(self, plan: ExecutedPlan, batch: int, prompt: int, generated: int) -> bool:
+        try:
+            _, run = plan.run(batch, prompt, generated)
+        except ValueError:
+            return False
+        device, host, working = self._bytes(plan, run)
+        return not self._short(device + working, host)
+
+    def _short(self, device: float, host: float) -> str:
+        near, far = self._capacity
+        if self._shared:
+            lacks = [] if near is None or device + host <= near else [("this machine's memory", device + host, near)]
+        else:
+            lacks = [one for one in (("the device", device, near), ("the host", host, far)) if one[2] is not None and one[1] > one[2]]
+        return " and ".join(f"{name} needs {need / GB:.4g} GB and has {room / GB:.4g} GB" for name, need, room in lacks)
+
+    def _refuse(self, device: float, what: str) -> None:
+        if self._shared and (short := self._short(device, 0.0)):
+            raise ValueError(f"runtime: {what}: {short}; take a smaller LLM or a dtype of fewer bytes")
+
+    def _check(self, plan: ExecutedPlan, run: Run) -> tuple[int, int]:
+        """What the plan holds on device and host [B]; ValueError if that does not fit, with what does."""
+        device, host, working = self._bytes(plan, run)
+        short = self._short(device + working, host)
+        if not short:
+            return device, host
+        batch, parts = sum(run.sizes), plan.parts
+        fewer = parts * largest(lambda n: self._fits(plan, n * parts, run.prompt, run.generated), batch // parts - 1)
+        shorter = largest(lambda n: self._fits(plan, batch, n, run.generated), run.prompt - 1)
+        ways = [f"serve {fewer} prompts instead of {batch}"] if fewer else []
+        ways += [f"shorten the prompts to {shorter} tokens"] if shorter else []
+        streamed = replace(plan, weights=0.0) if isinstance(plan, Placement) else replace(plan, weights="host")
+        ways += ["stream the weights"] if self._fits(streamed, batch, run.prompt, run.generated) else []
+        raise ValueError(f"runtime: {short}; {', or '.join(ways) or 'take a smaller LLM, or more memory'}")
+
+    def _by_layer(self, parts: Sequence[torch.Tensor], run: Run, back: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[layers, tokens, requests, KV heads, head_dim] from the units in order."""
+        import torch
+
+        batches = len(run.sizes)
+        layers = [torch.cat(list(parts[at : at + batches]), dim=1) for at in range(0, len(parts), batches)]
+        together: NDArray[np.float32] = torch.stack(layers).float().numpy()
+        shape = (*together.shape[:3], self.llm.num_key_value_heads, self.llm.head_dim)
+        return together[:, :, back].reshape(shape)
+
+
+def _free_memory() -> int | None:
+    """Bytes that Linux says programs may still take; None where it does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
