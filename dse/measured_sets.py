@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,11 @@ def calibrated_sets(
         known.add(key)
         source = f"{each.file} of {each.source}"
         (record,) = calibrate((each.measurements,), each.device, seed=seed, source=source, date=date, progress=progress)
+        if each.dropped:
+            left_out = (
+                f"{each.dropped} rows were left out: marked as wrong, of another collector, or of a kind that the model does not have"
+            )
+            record = replace(record, warnings=(*record.warnings, left_out))
         yield each, record
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..models.calibration import Calibration, KernelModel, error_of, groups_of
+from ..models.calibration import Calibration, KernelModel, columns_of, error_of, groups_of
 from ..models.calibration_records import record_for, records_text
 from ..models.checks import shown
 from ..models.device import Device
@@ -88,11 +88,11 @@ def _of_kind(path: Path, frame: pd.DataFrame, kernel: str, variant: str, time: s
         raise ValueError(f"{path} lacks the column {missing[0]!r} of {kernel}; it needs {', '.join(model.columns)} and a time")
     line = frame.index.to_numpy(dtype=np.int64) + 2  # below the header, counted from 1
     seconds = _numbers(path, frame[time], line, zero=False) * TIMES[time]
+    known = [name for name in columns_of(model) if name in model.columns or (name in frame and frame[name].notna().any())]
     shapes: dict[str, NDArray[Any]] = {
-        name: frame[name].astype(str).to_numpy() if name in model.texts else _numbers(path, frame[name], line, zero=True)
-        for name in model.columns
+        name: frame[name].astype(str).to_numpy() if name in model.texts else _numbers(path, frame[name], line, zero=True) for name in known
     }
-    same = groups_of(shapes, model.columns)
+    same = groups_of(shapes, known)
     first = np.unique(same, return_index=True)[1]
     if len(first) < len(seconds):
         median = pd.Series(seconds).groupby(same).median().to_numpy(dtype=np.float64)
@@ -141,16 +141,29 @@ def calibrate(
 
 
 def _check_units(each: Measurements, device: Device, record: Calibration) -> None:
-    """ValueError for a row that would agree with the others if its time were in another unit."""
+    """ValueError for rows that would agree with the others, or all rows with what is known of such devices, in another unit."""
+    shipped = record_for(each.model, device)
+    likely = each.model.bound(device, each.shapes) if shipped is None else each.model.seconds(device, each.shapes, shipped.values)
+    usual = float(np.median(each.seconds / likely))
+    if shipped is not None and _another_unit(np.array([usual]))[0]:
+        raise ValueError(
+            f"{each.model.name} on {device.name}: the times are {usual:.3g} times those that {shipped.device} makes likely, as if all were "
+            "in another unit; name the column by the unit that they have"
+        )
     ratio = each.seconds / each.model.seconds(device, each.shapes, record.values)
-    distance = np.abs(np.log(ratio[:, None] / np.array(ANOTHER_UNIT))).min(axis=1)
-    odd, others = distance < np.log(2), np.abs(np.log(ratio)) < np.log(10)
+    odd, others = _another_unit(ratio), np.abs(np.log(ratio)) < np.log(10)
     if odd.any() and others.any():
         row = int(np.flatnonzero(odd)[0])
         raise ValueError(
             f"line {each.line[row]}: {each.seconds[row]:.3g} s is {ratio[row]:.3g} times what the other rows make likely, as if it were in "
             f"another unit; give all {int(odd.sum())} such rows in the same unit, or leave them out"
         )
+
+
+def _another_unit(ratio: Array) -> NDArray[np.bool_]:
+    """Whether each ratio is that of two units, within a factor of 2."""
+    distance = np.abs(np.log(ratio[:, None] / np.array(ANOTHER_UNIT))).min(axis=1)
+    return np.asarray(distance < np.log(2))
 
 
 def expected_errors(measurements: tuple[Measurements, ...], device: Device, records: tuple[Calibration, ...]) -> pd.DataFrame:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from .calibration import Calibration
+from .calibration import Calibration, check_shapes
 from .calibration_records import record_for
 from .device import Device, device_named
 from .estimate import StepProfile
 from .kernel_models import kernel_model
 from .offload_profiles import OffloadProfile
+
+PRODUCT = (8192, 8192, 8192)
+"""Rows, columns and depth of the product whose rate stands for recomputation, which multiplies thousands of tokens at a time."""
 
 LINK_DEVICE = "Quadro RTX 6000"
 """The device whose copies to and from its host were published with sizes, on PCIe 3.0 x16."""
@@ -32,21 +35,30 @@ def step_profile(device: Device | str, *, engine: str = "vLLM") -> StepProfile:
 
 
 def offload_profile(device: Device | str, *, link_device: Device | str = LINK_DEVICE) -> OffloadProfile:
-    """What a GPU reaches of its peak in products and of its bandwidth in attention, and pinned copies of the link, for offloading.
+    """What a GPU reaches of its peak in large products and of its bandwidth in attention, and pinned copies of the link, for offloading.
 
     ``link_device``: whose share of its link stands in for that of ``device``; another generation of PCIe than the measured one is an
     assumption. ValueError if one of the records is missing.
     """
-    product, attention = _record(device, "gemm", "bf16"), _record(device, "decode_attention", "vllm")
+    found = device_named(device) if isinstance(device, str) else device
+    product, attention = _record(found, "gemm", "bf16"), _record(found, "decode_attention", "vllm")
     down, up = (_record(link_device, "host_link", way) for way in ("h2d_pinned", "d2h_pinned"))
     return OffloadProfile(
         name=f"calibrated on {product.device} and {down.device}",
-        compute=product.values["matrix"],
+        compute=_reached(found, product),
         memory=attention.values["memory"],
         to_device=down.values["share"],
         to_host=up.values["share"],
         fitted_on="; ".join(dict.fromkeys(record.source for record in (product, attention, down))),
     )
+
+
+def _reached(device: Device, record: Calibration) -> float:
+    """Share of the matrix peak of the product ``PRODUCT``, all in: the record's own parameter is that of a tile, before waves and power."""
+    model = kernel_model("gemm", "bf16")
+    shapes = check_shapes(model, dict(zip(("m", "n", "k"), PRODUCT, strict=True)))
+    _, least = model.work(device, shapes)
+    return float(least[0] / model.seconds(device, shapes, record.values)[0])
 
 
 def _record(device: Device | str, kernel: str, variant: str) -> Calibration:

@@ -42,7 +42,8 @@ class Device:
 
     ``peaks`` [FLOP/s] of dense matrix products by precision. ``multiprocessors``: its independent cores (SMs, CUs). ``l2`` [B]: cache
     that all of them share. ``family``: devices of one architecture and kind of memory, whose calibration records stand in for a missing
-    one. ``link``: the name of the one to the host. ``aliases``: names by which it is known elsewhere.
+    one. ``link``: the name of the one to the host. ``peer_bandwidth`` [B/s], each direction, to other
+    such devices. ``aliases``: names by which it is known elsewhere.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Device:
     multiprocessors: int | None = None
     l2: float | None = None
     link: str = ""
+    peer_bandwidth: float | None = None
     power: float | None = None
     source: str = ""
     aliases: tuple[str, ...] = ()
@@ -67,7 +69,7 @@ class Device:
         check_number(what, "bandwidth", self.bandwidth, "B/s")
         for precision, peak in self.peaks.items():
             check_number(what, f"peak of {precision}", peak, "FLOP/s")
-        for name, unit in (("vector_peak", "FLOP/s"), ("l2", "B"), ("power", "W")):
+        for name, unit in (("vector_peak", "FLOP/s"), ("l2", "B"), ("peer_bandwidth", "B/s"), ("power", "W")):
             if getattr(self, name) is not None:
                 check_number(what, name, getattr(self, name), unit)
         if self.multiprocessors is not None:
@@ -112,6 +114,7 @@ class _Device(_Sheet):
     multiprocessors: int | None = None
     l2: Bytes | None = None
     link: str = ""
+    peer_bandwidth: BytesPerSecond | None = None
     power: Watts | None = None
     source: str = ""
     aliases: Annotated[tuple[str, ...], BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)] = ()

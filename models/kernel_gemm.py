@@ -217,6 +217,7 @@ class MoeGemmTime:
     name: ClassVar[str] = "moe_gemm"
     columns: ClassVar[tuple[str, ...]] = ("tokens", "hidden", "inter", "topk", "experts", "tp", "dist")
     texts: ClassVar[tuple[str, ...]] = ("dist",)
+    counts: ClassVar[tuple[str, ...]] = ("topk", "experts", "tp")
     group: ClassVar[tuple[str, ...]] = ("hidden", "inter", "experts", "tp")
     parameters: ClassVar[tuple[Parameter, ...]] = (
         Parameter(name="matrix", unit="", low=0.02, high=1.0, start=0.5, meaning="share of the matrix peak that is reached"),
@@ -250,8 +251,12 @@ class MoeGemmTime:
         return nbytes / device.bandwidth, 6 * total * hidden * width / self._peak(device)
 
     def bound(self, device: Device, shapes: Shapes, /) -> Array:
-        """Seconds [N] that the data sheet rules out to beat."""
-        return np.maximum(*self.work(device, shapes))
+        """Seconds [N] that the data sheet rules out to beat: all tokens may choose the same experts, so those of one are read."""
+        _, flops = self.work(device, shapes)
+        hidden, width = np.asarray(shapes["hidden"], dtype=np.float64), _width(shapes)
+        chosen = np.minimum(np.asarray(shapes["topk"], dtype=np.float64), np.asarray(shapes["experts"], dtype=np.float64))
+        nbytes = chosen * 3 * hidden * width * EXPERT_WEIGHT_BYTES[self.variant] - (device.l2 or 0.0)
+        return np.maximum(np.maximum(nbytes, 0.0) / device.bandwidth, flops)
 
     def seconds(self, device: Device, shapes: Shapes, values: Mapping[str, float], /) -> Array:
         """Seconds [N] by the formula above."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from .calibration import Calibration, Interval, KernelModel, check_shapes
+from .calibration import Calibration, Interval, KernelModel, check_shapes, columns_of
 from .calibration_records import record_for
 from .device import Device, device_named
 from .kernel_attention import DecodeAttentionTime, PrefillAttentionTime
@@ -87,7 +87,11 @@ class KernelTime:
         return "calibrated" if self.record.device == self.device.name else f"calibrated on {self.record.device}"
 
     def predict(self, **shapes: ArrayLike | Any) -> Interval:
-        """Seconds [N] of each row of the model's columns, and the ends of their intervals; ValueError names a column that is missing."""
+        """Seconds [N] of each row of the model's columns, and the ends of their intervals. ValueError names a column that is missing or not
+        known. Whether weights and state fit into the device is not asked here."""
+        unknown = sorted(set(shapes) - set(columns_of(self.model)))
+        if unknown:
+            raise ValueError(f"{self.model.name}: it has no column {unknown[0]!r}; columns are {', '.join(columns_of(self.model))}")
         columns = check_shapes(self.model, shapes)
         if self.record is None:
             bound = self.model.bound(self.device, columns)

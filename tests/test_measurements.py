@@ -140,7 +140,7 @@ def test_the_command_makes_a_record_and_says_what_to_expect(tmp_path: Path, caps
         (["--kernel", "gemm"], "calibrate needs --device"),
         (["--device", "B9000", "--kernel", "gemm"], "there is no device and no file 'B9000'"),
         (["--device", "a100"], "has no column 'kernel', so say which it is: one of gemm"),
-        (["--device", "grace", "--kernel", "gemm"], "a fit needs 3 rows that do not beat the data sheet, not 0 of 24"),
+        (["--device", "m2_ultra", "--kernel", "gemm"], "a fit needs 3 rows that do not beat the data sheet, not 0 of 24"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(
