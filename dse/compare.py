@@ -10,8 +10,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..models.calibration import Calibration
+from ..models.checks import shown
 from ..solvers.result import Solver, SolverResult
-from .confidence import check_errors, error_bars, resolution
+from .confidence import error_bars, resolution
 
 _NUMBERS = ["latency_s", "bound_s", "gap", "loss", "gap_to_bound", "runtime_s"]
 _COLUMNS = ["problem", "solver", "status", *_NUMBERS, "message"]
@@ -44,7 +45,8 @@ def compare(
     """
     if not problems:
         raise ValueError("there is no problem to compare on; give at least one, as in {'name': problem}")
-    check_errors({} if error is None else {"latency_s": error}, _NUMBERS)
+    if error is not None and not isinstance(error, Calibration):
+        raise ValueError(f"error must be a Calibration, as record_for gives it, or None, not {shown(error)}")
     if not solvers:
         raise ValueError("there is no solver to compare; give at least one, as in {'name': solver}")
     if reference is not None and reference not in solvers:
@@ -69,7 +71,8 @@ def compare(
     if error is not None:
         fastest = frame.groupby("problem")["latency_s"].transform("min")
         ratio = frame["latency_s"] / fastest
-        frame = error_bars(frame, {"latency_s": error}).assign(told_apart=(ratio == 1) | (ratio > resolution(error)))
+        apart = (frame["latency_s"] == fastest) | (ratio > resolution(error))  # where the fastest takes 0 s, the ratio to it is none
+        frame = error_bars(frame, {"latency_s": error}).assign(told_apart=apart)
     frame.attrs["interrupted"] = interrupted
     return frame
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from ..models.calibration import Calibration, KernelModel
 from ..models.checks import shown
 from ..models.roofline import Array
+from ..solvers.calibration import CONFIDENCE
 from .pareto import Objective, minimised
 
 Errors = Mapping[str, Calibration]
@@ -20,6 +21,8 @@ Errors = Mapping[str, Calibration]
 
 def check_errors(errors: Errors, columns: Sequence[str]) -> None:
     """ValueError unless each record is one, of one of the ``columns``."""
+    if not isinstance(errors, Mapping):
+        raise ValueError(f"errors must be a dict of records by the names of columns, as in {{'latency_s': record}}, not {shown(errors)}")
     for name, record in errors.items():
         if name not in columns:
             raise ValueError(f"errors: there is no column {name!r}; columns are {', '.join(columns)}")
@@ -42,14 +45,28 @@ def resolution(record: Calibration) -> float:
 
 def error_bars(frame: pd.DataFrame, errors: Errors) -> pd.DataFrame:
     """``frame`` with two more columns for each of ``errors``, between which nine of ten measurements are expected: ``latency_low_s`` and
-    ``latency_high_s`` for ``latency_s``. ValueError for a column that is not there."""
+    ``latency_high_s`` for ``latency_s``. ValueError for a column that is not there, or for one of the new ones that is."""
     check_errors(errors, list(map(str, frame.columns)))
+    check_free(frame.columns, ends_of(errors))
     added = {}
     for name, record in errors.items():
         known = record.unseen is not None
         for end, ratio in (("low", record.ratios[0]), ("high", record.ratios[-1])):
             added[_with(name, end)] = frame[name] * ratio if known else pd.Series(math.nan, index=frame.index)
     return frame.assign(**added)
+
+
+def ends_of(errors: Errors) -> tuple[str, ...]:
+    """The names of the columns that ``error_bars`` adds."""
+    return tuple(_with(name, end) for name in errors for end in ("low", "high"))
+
+
+def check_free(columns: Iterable[str], added: Iterable[str]) -> None:
+    """ValueError if a column that is to be ``added`` is among the ``columns`` already."""
+    taken = set(columns)
+    twice = next((name for name in added if name in taken), None)
+    if twice is not None:
+        raise ValueError(f"errors: a column {twice!r} is to be added, and there is one of that name already; rename yours")
 
 
 def _with(name: str, end: str) -> str:
@@ -59,29 +76,28 @@ def _with(name: str, end: str) -> str:
 
 
 def told_apart(frame: pd.DataFrame, objectives: Sequence[Objective], errors: Errors) -> pd.Series[bool]:
-    """For each row, whether its place on the front of ``objectives`` is more than the model's error.
+    """For each row, whether no other one could stand in for it.
 
-    False: some other row is better by more than the error in one objective, and worse by more than it in none. Columns without a record
-    in ``errors`` are exact. Rows without a value in an objective are False.
+    Another row could, if it is better in some objective, in none that is exact worse, and within the model's error (``resolution``) in
+    all that have a record in ``errors``. So a row that is dominated beyond the error is told apart, and so is a front's row that is best by
+    more than it; of rows that only the error separates, the best one is. Rows without a value in an objective are False.
     """
     values = minimised(frame, objectives)
     check_errors(errors, [objective.name for objective in objectives])
-    factors = [resolution(errors[one.name]) if one.name in errors else 1.0 for one in objectives]
-    apart = np.asarray(~np.isnan(values).any(axis=1))
-    for row in np.flatnonzero(apart):
-        better = np.zeros(len(values), dtype=np.bool_)
-        worse = np.isnan(values).any(axis=1)
+    factors = [resolution(errors[one.name]) if one.name in errors else None for one in objectives]
+    known = np.asarray(~np.isnan(values).any(axis=1))
+    apart = known.copy()
+    for row in np.flatnonzero(known):
+        alike, better = known.copy(), np.zeros(len(values), dtype=np.bool_)
         for column, factor in enumerate(factors):
             mine, others = values[row, column], values[:, column]
-            if factor == 1:
-                better |= others < mine
-                worse |= others > mine
-            else:  # maximised columns have changed their sign
+            better |= others < mine
+            if factor is None:
+                alike &= others <= mine
+            elif math.isfinite(factor):  # sizes, as maximised columns have changed their sign; no factor makes something of 0
                 size, sizes = abs(mine), np.abs(others)
-                above, below = size > sizes * factor, sizes > size * factor
-                better |= above if mine > 0 else below
-                worse |= below if mine > 0 else above
-        apart[row] = not (better & ~worse).any()
+                alike &= (np.maximum(size, sizes) <= np.minimum(size, sizes) * factor) & (np.sign(others) == np.sign(mine))
+        apart[row] = not (alike & better).any()
     return pd.Series(apart, index=frame.index, name="told_apart")
 
 
@@ -99,18 +115,14 @@ def draws(record: Calibration, model: KernelModel, number: int, *, seed: int = 0
         value, low, high = record.estimates[parameter.name]
         normal = random.standard_normal(number)
         if low > 0:
-            drawn = value * np.exp(normal * (math.log(high) - math.log(low)) / (2 * NINETY))
+            drawn = value * np.exp(normal * (math.log(high) - math.log(low)) / (2 * CONFIDENCE))
         else:
-            drawn = value + normal * (high - low) / (2 * NINETY)
+            drawn = value + normal * (high - low) / (2 * CONFIDENCE)
         found[parameter.name] = np.clip(drawn, parameter.low, parameter.high)
     wide = math.log(record.ratios[-1]) - math.log(record.ratios[0])
     middle = (math.log(record.ratios[-1]) + math.log(record.ratios[0])) / 2
-    found["error"] = np.exp(middle + random.standard_normal(number) * wide / (2 * NINETY))
+    found["error"] = np.exp(middle + random.standard_normal(number) * wide / (2 * CONFIDENCE))
     return found
-
-
-NINETY = 1.6449
-"""Standard deviations on either side that hold 90 % of a normal distribution."""
 
 
 def ranking(measured: ArrayLike, predicted: ArrayLike) -> tuple[float, float]:

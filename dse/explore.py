@@ -24,7 +24,7 @@ from ._identity import digest_or_name
 from ._pricing import Price, Pricing, Score
 from ._search import Finished, Search, all_finished, in_generations, one_by_one
 from ._storage import Alone, Record, open_storage, open_study, settings_key
-from .confidence import Errors, check_errors, error_bars, told_apart
+from .confidence import Errors, check_errors, check_free, ends_of, error_bars, told_apart
 from .pareto import Objective, minimised, non_dominated
 from .samplers import NSGA2, Sampler, check_sampler, described, is_value
 from .table import Shared
@@ -129,8 +129,9 @@ def explore(
     constraints; "interrupted", whether Ctrl-C ended the search; "designs" by trial, and "settings", what else the rows depend on, both for
     ``write_csv``; "sampler", its fields.
 
-    ``errors``: calibration records behind objectives, by their names. The frame then has the ends of these columns (``error_bars``), and
-    ``told_apart``: whether a row's place on the front is more than the model's error.
+    ``errors``: calibration records behind objectives, by their names. The frame has the ends of these columns (``error_bars``), and
+    ``told_apart``: whether no other row could stand in for this one, within the model's error. A parameter or a column of the score of
+    one of these names is a ValueError.
 
     Ctrl-C and ``timeout`` [s] keep what is finished; if nothing is, KeyboardInterrupt goes on. ``progress``: a bar on stderr;
     None: if stderr is a terminal.
@@ -152,7 +153,8 @@ def explore(
         check_number("explore", "timeout", timeout, "s; None sets no limit")
     check_number("explore", "patience", patience, "s")
     check_settings(settings)
-    check_errors(errors or {}, [objective.name for objective in objectives])
+    check_errors({} if errors is None else errors, [objective.name for objective in objectives])
+    added = (*ends_of(errors), "told_apart") if errors else ()
     if (storage is None) != (name is None):
         raise ValueError("storage and name belong together: a storage holds studies by name; give both or none")
     if name is not None:
@@ -181,7 +183,7 @@ def explore(
         with bar:
             if synchronous:
                 built = chosen if value is None else value.build(seed=used or 0, population=max(2, min(population, trials)))
-                finished, interrupted = _in_order(search, pricing, cast("BaseSampler", built), storage, name, about, bar)
+                finished, interrupted = _in_order(search, pricing, cast("BaseSampler", built), storage, name, about, bar, added)
             else:
                 finished, interrupted = _shared(search, pricing, chosen, used, storage, name, about, patience, bar)
     if interrupted:
@@ -189,6 +191,7 @@ def explore(
             raise KeyboardInterrupt
         print(f"explore: interrupted after {len(finished)} of {trials} trials; they are kept", file=sys.stderr)
     frame = _frame(finished, search, used if synchronous else None)
+    check_free(frame.columns, added)
     if not dominated:
         parameters = [name for name in frame.columns if any(name in done.parameters for done in finished)]
         frame = frame[frame["on_front"]].drop_duplicates(parameters, ignore_index=True)
@@ -215,8 +218,10 @@ def _in_order(
     name: str | None,
     about: Mapping[str, Any],
     bar: Any,
+    added: Sequence[str],
 ) -> tuple[list[Finished], bool]:
-    """A search in generations: Optuna's study is in memory, and the storage, if any, keeps what is finished."""
+    """A search in generations: Optuna's study is in memory, and the storage, if any, keeps what is finished. ValueError as soon as a trial
+    has one of the columns that are to be ``added`` at the end."""
     import optuna
 
     record: Record | None = None
@@ -232,6 +237,7 @@ def _in_order(
     try:
         with alone:
             for done in in_generations(search, study, pricing, record):
+                check_free((*done.parameters, *(done.score or ())), added)
                 finished.append(done)
                 bar.update()
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..models.checks import check_number, shown
 from .pareto import Objective, minimised, non_dominated, pareto
 from .table import replacing
 
@@ -40,6 +41,7 @@ _LOG_FROM = 8.0  # largest over smallest value above which an axis is logarithmi
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
+    "text.parse_math": False,  # a "$" in a title is a dollar
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
     "axes.labelsize": 11,
@@ -127,7 +129,7 @@ def plot_lines(
     band: tuple[str, str] | None = None,
     band_label: str = "",
     markers_only: Collection[str] = (),
-    linear: Collection[str] = (),
+    linear: Iterable[str] = (),
 ) -> Path:
     """Draw column ``y`` against ``x``, a line for each value of ``by`` in order of appearance, as a PNG, whole or not at all.
 
@@ -136,15 +138,32 @@ def plot_lines(
     earlier ones is dashed, so that these are seen. The axes carry the units of the column names and are logarithmic where values span more
     than a factor of 8, but for the columns ``linear``, as numbers of slices. Rows without a number are left out. Returns the path.
     """
+    if not isinstance(frame, pd.DataFrame):
+        raise ValueError(f"lines are drawn from a DataFrame, not from {shown(frame)}")
     if isinstance(markers_only, str):
         raise ValueError(f"markers_only must be a list of names of lines, as in [{markers_only!r}], not {markers_only!r}")
     if band_label and band is None:
         raise ValueError(f"band_label {band_label!r} names no band; give its two columns as band")
-    if isinstance(linear, str) or not set(linear) <= {x, y}:
+    markers_only, plain = _names("markers_only", markers_only), _names("linear", linear)
+    if isinstance(linear, str) or not set(plain) <= {x, y}:
         raise ValueError(f"linear must be a list of the columns drawn, of {[x, y]}, not {linear!r}")
+    if band is not None and (isinstance(band, str) or len(band) != 2):
+        raise ValueError(f"band must be the columns of its lower and its upper end, not {shown(band)}")
+    for what, column in (("x", x), ("y", y), ("by", by), *(("band", end) for end in band or ())):
+        if column not in frame:
+            raise ValueError(f"{what}: there is no column {column!r}; columns are {', '.join(map(str, frame.columns))}")
+    for column in (x, y, *(band or ())):
+        try:
+            numbers = frame[column].astype(float)
+        except (TypeError, ValueError):
+            raise ValueError(f"column {column!r} must hold numbers, and it holds {shown(frame[column].iloc[0])}; draw another") from None
+        frame = frame if column == by else frame.assign(**{column: numbers})
     frame = frame.dropna(subset=[x, y]).sort_values(x, kind="stable")
+    if frame.empty or not np.isfinite(frame[[x, y]]).all(axis=1).any():
+        raise ValueError(f"no row has both {x!r} and {y!r}, as finite numbers, so there is nothing to draw")
+    frame = frame.dropna(subset=[by])
     if frame.empty:
-        raise ValueError(f"no row has both {x!r} and {y!r}, so there is nothing to draw")
+        raise ValueError(f"no row has a value in {by!r}, which tells the lines apart, so there is nothing to draw")
     unknown = sorted(set(markers_only) - set(map(str, frame[by])))
     if unknown:
         raise ValueError(f"markers_only: there is no line {unknown[0]!r}; lines are {', '.join(dict.fromkeys(map(str, frame[by])))}")
@@ -154,7 +173,7 @@ def plot_lines(
     from matplotlib.patches import Patch
 
     found = (_Axis.of(Objective(name), frame[name].astype(float)) for name in (x, y))
-    axis_x, axis_y = (replace(axis, logarithmic=axis.logarithmic and name not in linear) for axis, name in zip(found, (x, y), strict=True))
+    axis_x, axis_y = (replace(axis, logarithmic=axis.logarithmic and name not in plain) for axis, name in zip(found, (x, y), strict=True))
     path = Path(path)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
@@ -205,12 +224,16 @@ def plot_replay(frames: Mapping[str, pd.DataFrame], path: str | Path, *, title: 
     it is behind the optimum (behind_optimum_s). Frames are those of ``Replay.rows``. A frame that lacks a panel's column is left out of
     that panel. Returns the path.
     """
+    if not isinstance(frames, Mapping) or not all(isinstance(frame, pd.DataFrame) for frame in frames.values()):
+        raise ValueError(f"replays are drawn from a dict of their rows by name, as in {{'greedy': run.rows}}, not from {shown(frames)}")
     if not frames or any(frame.empty for frame in frames.values()):
         raise ValueError("each replay must have at least one iteration, and there must be one replay; give the rows of replays")
     listed = dict.fromkeys(str(column) for frame in frames.values() for column in frame)
     if any("iteration" not in frame for frame in frames.values()):
         raise ValueError("the frames must have the column 'iteration', as the rows of a replay")
     rooms = dict(capacity or {})
+    for tier, room in rooms.items():
+        check_number("capacity", tier, room, "GB", zero=True)
     lost = [f"{tier}_GB" for tier in rooms if f"{tier}_GB" not in listed]
     if lost:
         raise ValueError(f"capacity: no frame has the column {lost[0]!r}; give the tiers of the machine")
@@ -266,6 +289,18 @@ def plot_replay(frames: Mapping[str, pd.DataFrame], path: str | Path, *, title: 
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=200)
     return path
+
+
+def _names(what: str, given: object) -> tuple[str, ...]:
+    """Several names, from whatever holds them; a text is left to who asks."""
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{what} must be a list of names, not {shown(given)}")
+    found = tuple(given)
+    if not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{what} must be a list of names, not {shown(found)}")
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

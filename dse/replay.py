@@ -12,10 +12,10 @@ values where the plan wants them.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -24,19 +24,20 @@ from .. import __version__
 from ..models.checks import shown, whole
 from ..models.clairvoyant import ClairvoyantProblem, Path, SplitSteps
 from ..models.hardware import System
-from ..models.kernel_mapping import KernelMappingPlan, TransitionCost
+from ..models.kernel_mapping import KernelMappingPlan
 from ..models.kernel_mapping_tables import Granularity
 from ..models.llm import LLMConfig
-from ..models.migration import Duplicates, Residency
+from ..models.migration import Duplicates
 from ..models.paging import Directions
 from ..models.profiles import FIRST_PRINCIPLES, Profile
 from ..models.roofline import Array
-from ..models.serving import PolicyState, Service, ServingLimits, ServingState, StepWindow
+from ..models.serving import Service, ServingLimits
 from ..models.trace import Trace
 from ..models.units import GB
 from ..solvers.clairvoyant import ClairvoyantBound, DynamicProgramClairvoyant, ExactClairvoyant, Regret, regret
 from ..solvers.policies import OwnTimes, Policy
 from ..solvers.result import Solver, SolverResult, Status
+from ._replay_run import Run, Stopped, check_call
 
 Migration = Literal["serial", "overlapped", "free"]
 
@@ -60,7 +61,8 @@ class Replay:
     not use, on all tiers beside what <tier>_GB says), decide_runtime_s.
     ``requests``: one for each request of the trace: arrived_at_s, prompt_tokens, output_tokens, first_token_s and finished_s on the
     trace's clock, ttft_s (from arrival to first token), tpot_s (mean from token to token after it). NaN where it did not come to that.
-    ``summary``: see ``summarised``. ``stopped``: why it ended before every request had finished; empty if all did.
+    ``summary``: see ``summarised``. ``stopped``: why it ended before every request had finished; empty if all did. ``interrupted``: it was
+    Ctrl-C.
     ``plans``: the plan of each iteration. ``prompts``: of which lengths the prompts were that each iteration read in a prefill.
     ``mapped``: the iterations take what their plans say; False for a policy with ``OwnTimes``.
     """
@@ -69,6 +71,7 @@ class Replay:
     requests: pd.DataFrame
     summary: dict[str, Any]
     stopped: str = ""
+    interrupted: bool = False
     service: Service | None = None
     migration: Migration = "serial"
     plans: tuple[KernelMappingPlan, ...] = ()
@@ -76,6 +79,12 @@ class Replay:
     directions: Directions = "one"
     duplicates: Duplicates = "none"
     mapped: bool = True
+
+    def unless_interrupted(self) -> Self:
+        """This replay; KeyboardInterrupt if Ctrl-C ended it, for loops over replays that should then end, too."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return self
 
     @property
     def busy(self) -> float:
@@ -129,8 +138,10 @@ def replay(
     ``name`` of the policy in the summary; None: its class.
 
     A request larger than the system is a ValueError before the start. A policy that raises, or whose plan does not fit, ends the replay, as
-    does Ctrl-C: the rows so far are kept and ``stopped`` says why.
+    does Ctrl-C: the rows so far are kept and ``stopped`` says why. Ctrl-C is thus no exception here, and a loop over replays goes on to the
+    next one unless it asks: ``replay(...).unless_interrupted()`` raises it again, and ``interrupted`` tells.
     """
+    check_call(policy, trace, prefill, offload=False)
     for setting, value, known in (
         ("migration", migration, ("serial", "overlapped", "free")),
         ("directions", directions, ("one", "both")),
@@ -147,7 +158,7 @@ def replay(
     batch = whole("replay", "batch_limit", batch_limit, "requests")
     fits = service.most_tokens()
     service.check(trace, fits)
-    run = _Run(
+    run = Run(
         policy=policy,
         name=type(policy).__name__ if name is None else name,
         service=service,
@@ -161,15 +172,16 @@ def replay(
         finished=np.full(len(trace), np.nan),
     )
     rows: list[tuple[Any, ...]] = []
-    stopped = ""
+    stopped, interrupted = "", False
     try:
         for row in run.rows(trace):
             rows.append(row)
             if most is not None and len(rows) == most:
                 break
-    except _Stopped as error:
+    except Stopped as error:
         stopped = str(error)
     except KeyboardInterrupt:
+        interrupted = True
         stopped = f"interrupted after {len(rows)} iterations"
     unfinished = int(np.isnan(run.finished).sum())
     if unfinished and not stopped:
@@ -185,6 +197,7 @@ def replay(
         requests=requests,
         summary=summary,
         stopped=stopped,
+        interrupted=interrupted,
         service=service,
         migration=migration,
         plans=plans,
@@ -227,11 +240,12 @@ class Against(NamedTuple):
 
 
 def against_optimum(runs: Mapping[str, Replay]) -> dict[str, Against]:
-    """Each replay of one trace on one machine with at least one iteration, against the optimum of its own schedule.
+    """Each replay with at least one iteration, against the optimum of its own schedule on its own machine.
 
-    Those that saw the same schedule share its optimum, and the best of them says whether the bound is informative. Where there are at
-    most 10,000 plans or 160 iterations the optimum is exact; else it is the best path on a grid that has the plans of that best replay, and
-    a bound over all plans. ValueError for a machine without two memories, or a migration that was not waited for.
+    Those of one service (LLM, machine, profile, bits) that saw the same schedule share its optimum, and the best of them says whether the
+    bound is informative. Where there are at most 10,000 plans or 160 iterations the optimum is exact; else it is the best path on a grid
+    that has the plans of that best replay, and a bound over all plans. ValueError, with the replay's name, for a machine without two
+    memories, a plan that does not split all layers of a kind alike, or a migration that was not waited for.
 
     Where moves went in both directions at once or duplicates were kept, the bound is that of free moves, and ``optimum`` is the best path
     known: the fastest of these replays, or the optimum without either, which takes no longer with them. A policy with ``OwnTimes`` is held
@@ -239,10 +253,12 @@ def against_optimum(runs: Mapping[str, Replay]) -> dict[str, Against]:
     """
     groups: dict[tuple[Hashable, bool, Directions, Duplicates], list[str]] = {}
     for name, run in runs.items():
+        if not isinstance(run, Replay):
+            raise ValueError(f"{name}: the optimum is that of a Replay, as replay gives it, not of {shown(run)}")
         if run.migration != "serial":
             raise ValueError(f"{name}: the optimum waits for migration, and this replay was {run.migration!r}; replay with 'serial'")
         if len(run.rows):
-            schedule = (run.rows["batch"].to_numpy().tobytes(), run.rows["tokens"].to_numpy().tobytes(), run.prompts)
+            schedule = (run.service, run.rows["batch"].to_numpy().tobytes(), run.rows["tokens"].to_numpy().tobytes(), run.prompts)
             moved_freely = run.directions == "both" or run.duplicates != "none"
             groups.setdefault((schedule, moved_freely, run.directions, run.duplicates), []).append(name)
     found: dict[str, Against] = {}
@@ -251,9 +267,13 @@ def against_optimum(runs: Mapping[str, Replay]) -> dict[str, Against]:
         mapped = [name for name in names if runs[name].mapped]
         best = min(mapped or names, key=lambda name: runs[name].busy)
         if seen not in solved:
-            solved[seen] = _solved(runs[best])
+            with _naming(best):
+                solved[seen] = _solved(runs[best])
         problem, optimum = solved[seen]
-        paths = {name: problem.path(runs[name].plans) for name in names}
+        paths = dict[str, Path]()
+        for name in names:
+            with _naming(name):
+                paths[name] = problem.path(runs[name].plans)
         # Added up as the optimum is, and not as the replay's clock, so that equal plans have a regret of 0 in all digits.
         busy = {name: runs[name].busy for name in names}
         seconds = busy if moved_freely else busy | {name: problem.evaluate(paths[name]).latency for name in mapped}
@@ -264,6 +284,15 @@ def against_optimum(runs: Mapping[str, Replay]) -> dict[str, Against]:
         for name in names:
             found[name] = Against(problem=problem, optimum=optimum, regret=regret(seconds[name], optimum, best=least))
     return {name: found[name] for name in runs if name in found}
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put a replay's name before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _solved(run: Replay) -> tuple[ClairvoyantProblem, SolverResult[Path]]:
@@ -329,133 +358,6 @@ def _optimum_rows(run: Replay, problem: ClairvoyantProblem, path: Path) -> pd.Da
         frame[f"n_{kind.name}"] = counts[place]
     up, down = steps.bytes_along(path)
     return frame.assign(migration_GB=np.concatenate([[0], up + down]) / GB, behind_optimum_s=0.0)
-
-
-class _Stopped(Exception):
-    """The policy cannot go on; the text says why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Run:
-    """A replay under way. ``first_token`` and ``finished`` [N] are filled with times as it goes; ``plans`` and ``prompts`` grow with the
-    iterations."""
-
-    policy: Policy
-    name: str
-    service: Service
-    limits: ServingLimits
-    prefill: bool
-    migration: Migration
-    directions: Directions
-    duplicates: Duplicates
-    window: int
-    first_token: Array
-    finished: Array
-    plans: list[KernelMappingPlan] = field(default_factory=list)
-    prompts: list[tuple[int, ...]] = field(default_factory=list)
-    _texts: dict[KernelMappingPlan, tuple[Any, ...]] = field(default_factory=dict)
-
-    def columns(self) -> list[str]:
-        kinds = [kind.name for kind in self.service.tables([1], [1]).kinds]
-        held = [f"{name}_GB" for name in self.service.system.tier_names]
-        costs = ["decode_s", "prefill_s", "migration_GB", "migration_s", "paging_s", "iteration_s", "duplicates_GB", "decide_runtime_s"]
-        return ["iteration", "clock_s", "batch", "tokens", *held, *(f"n_{kind}" for kind in kinds), "plan", *costs]
-
-    def rows(self, trace: Trace) -> Iterator[tuple[Any, ...]]:
-        """Serve the trace, one row an iteration."""
-        state = ServingState.start(trace)
-        batch = min(self.limits.batch, len(trace))
-        longest = self.service.problem(batch, min(self.limits.tokens, batch * int(trace.state_tokens.max())))
-        bare = self.service if not self.service.profile.page_walk else _without_walks(self.service)
-        ahead, bare_ahead, row, size = None, None, 0, 1
-        own = self.policy if isinstance(self.policy, OwnTimes) else None
-        previous: KernelMappingPlan | None = None
-        residency: Residency | None = None
-        while not state.done:
-            joined = state.waiting
-            state = state.woken().admitted(self.limits)
-            tokens = state.tokens
-            if ahead is None or row == len(ahead.batch) or (ahead.batch[row], ahead.tokens[row]) != (state.batch, tokens):
-                # Windows grow while what they foresee comes true, and begin anew where somebody arrives.
-                size = min(2 * size, self.window) if ahead is not None and row == len(ahead.batch) else min(max(row, 1), self.window)
-                counts = state.ahead(self.limits, size)
-                ahead, row = StepWindow.of(self.service, *counts), 0
-                bare_ahead = ahead if bare is self.service else StepWindow.of(bare, *counts)
-            new = tuple(state.trace.prompt_tokens[joined : state.waiting].tolist()) if state.waiting > joined else ()
-            read = new if self.prefill else ()
-            decision = PolicyState(
-                serving=state,
-                previous=previous,
-                window=ahead,
-                row=row,
-                longest=longest,
-                prompts=read,
-                residency=residency,
-                directions=self.directions,
-                stayed=1 - sum(new) / tokens,
-            )
-            for prompt in read:  # made whatever is decided, as the tables of the window are
-                self.service.prefill(prompt)
-            plan, residency, transition, runtime = self._decided(decision)
-            decode, prefill = (decision.latency(plan), decision.prefill(plan)) if own is None else self._own_times(own, decision)
-            paging = 0.0 if bare_ahead is ahead or bare_ahead is None or own else decode - bare_ahead.latency(plan, row)
-            moved, migrating = sum(transition.moved.values()), 0.0 if self.migration == "free" else transition.latency
-            self.plans.append(plan)
-            self.prompts.append(read)
-            seconds = prefill + decode
-            seconds = max(seconds, migrating) if self.migration == "overlapped" else seconds + migrating
-            number, at_work, due, size_now = state.iteration, state.running, state.remaining == 1, state.batch
-            state = state.stepped(seconds)
-            self.first_token[joined : state.waiting] = state.clock
-            self.finished[at_work[due]] = state.clock
-            held = (ahead.held(plan, row) * ahead.tables.page[row] / GB).tolist()
-            used = None if residency is None else ahead.counts(plan)
-            copies = 0.0 if residency is None or used is None else sum(residency.duplicates(used, ahead.tables, row)) / GB
-            costs = (decode, prefill, moved / GB, migrating, paging, seconds, copies, runtime)
-            yield (number, state.clock, size_now, tokens, *held, *self._shown(plan), *costs)
-            previous = plan
-            row += 1
-
-    def _decided(self, state: PolicyState) -> tuple[KernelMappingPlan, Residency | None, TransitionCost, float]:
-        """The policy's plan, which fits, what is where then, what it takes to get there, and the seconds it took to decide."""
-        where = f"policy {self.name}, iteration {state.serving.iteration}"
-        started = time.perf_counter()
-        try:
-            plan = self.policy.decide(state)
-            runtime = time.perf_counter() - started
-            if not isinstance(plan, KernelMappingPlan):
-                raise TypeError(f"decide must return a KernelMappingPlan, not {shown(plan)}")
-            if not state.fits(plan):
-                raise _Stopped(f"{where}: the plan does not fit: {state.explain_overflow(plan)}")
-            if self.duplicates == "none":
-                return plan, None, state.transition(plan), runtime
-            return plan, *state.settled(plan, self.duplicates), runtime
-        except _Stopped:
-            raise
-        except Exception as error:  # whatever a user's policy raises, the rows so far are worth keeping
-            raise _Stopped(f"{where}: {type(error).__name__}: {error}") from error
-
-    def _own_times(self, own: OwnTimes, state: PolicyState) -> tuple[float, float]:
-        """Seconds of the decode step and of the prefills, as the policy says."""
-        where = f"policy {self.name}, iteration {state.serving.iteration}"
-        try:
-            times = (float(own.decode_time(state)), float(sum(own.prefill_time(state, prompt) for prompt in state.prompts)))
-        except Exception as error:
-            raise _Stopped(f"{where}: {type(error).__name__}: {error}") from error
-        if not all(0 <= seconds < math.inf for seconds in times):
-            raise _Stopped(f"{where}: decode_time and prefill_time must be seconds of at least 0 and finite, not {shown(times)}")
-        return times
-
-    def _shown(self, plan: KernelMappingPlan) -> tuple[Any, ...]:
-        """Slices of each kind on the first tier, and the plan as a text."""
-        found = self._texts.get(plan)
-        if found is None:
-            found = self._texts[plan] = (*(plan.mean_count(k, 0) for k in range(len(plan.splits))), str(plan))
-        return found
-
-
-def _without_walks(service: Service) -> Service:
-    return replace(service, profile=replace(service.profile, page_walk=0.0))
 
 
 def requests_table(trace: Trace, first_token: Array, finished: Array) -> pd.DataFrame:

@@ -7,9 +7,9 @@ keeps its form, so what a policy pays for is what it wrote before.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ from ..solvers.clairvoyant import Regret, regret
 from ..solvers.clairvoyant_offload import LpForms
 from ..solvers.offload_policies import OffloadPolicy
 from ..solvers.result import Solver, SolverResult
+from ._replay_run import Stopped, check_call
 from .replay import requests_table, summarised
 
 
@@ -41,8 +42,8 @@ class OffloadReplay:
     both_tokens (held as ACT, and in both forms), recomputed_tokens (ACT, and those of both that are), <tier>_GB, link_s, gpu_s (busy in the
     decode step), decode_s, prefill_s, host_written_GB, iteration_s, decide_runtime_s.
     ``requests``: as of ``Replay``. ``summary``: as ``summarised``, where nothing migrates, and host_written_GB, decode_s and prefill_s.
-    ``stopped``: why it ended before every request had finished; empty if all did. ``joined`` [N]: the iteration in which each request
-    began, -1 if it never did. ``both``: whether tokens were kept in both forms.
+    ``stopped``: why it ended before every request had finished; empty if all did. ``interrupted``: it was Ctrl-C. ``joined`` [N]: the
+    iteration in which each request began, -1 if it never did. ``both``: whether tokens were kept in both forms.
     """
 
     rows: pd.DataFrame
@@ -51,7 +52,14 @@ class OffloadReplay:
     service: OffloadService
     joined: Index
     stopped: str = ""
+    interrupted: bool = False
     both: bool = False
+
+    def unless_interrupted(self) -> Self:
+        """This replay; KeyboardInterrupt if Ctrl-C ended it, for loops over replays that should then end, too."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return self
 
     def schedule(self, *, both: bool | None = None) -> FormsSchedule:
         """The batches and contexts that this replay saw, for which the optimum is sought. ``both``: whether the optimum may keep prompts in
@@ -88,8 +96,10 @@ def replay_offload(
     on the "gpu". ``iterations``: stop after so many. ``name`` of the policy in the summary; None: its class.
 
     A request larger than the system, or a system without a host, is a ValueError before the start. A policy that raises, breaks a rule or
-    overflows a tier ends the replay, as does Ctrl-C: the rows so far are kept and ``stopped`` says why.
+    overflows a tier ends the replay, as does Ctrl-C: the rows so far are kept and ``stopped`` says why. A loop over replays ends there with
+    ``replay_offload(...).unless_interrupted()``.
     """
+    check_call(policy, trace, prefill, offload=True)
     most = None if iterations is None else whole("replay", "iterations", iterations, "iterations")
     batch = min(whole("replay", "batch_limit", batch_limit, "requests"), len(trace))
     service = OffloadService(
@@ -117,15 +127,16 @@ def replay_offload(
         joined=np.full(len(trace), -1, dtype=np.int64),
     )
     rows: list[tuple[Any, ...]] = []
-    stopped = ""
+    stopped, interrupted = "", False
     try:
         for row in run.rows(trace):
             rows.append(row)
             if most is not None and len(rows) == most:
                 break
-    except _Stopped as error:
+    except Stopped as error:
         stopped = str(error)
     except KeyboardInterrupt:
+        interrupted = True
         stopped = f"interrupted after {len(rows)} iterations"
     unfinished = int(np.isnan(run.finished).sum())
     if unfinished and not stopped:
@@ -142,6 +153,7 @@ def replay_offload(
         service=service,
         joined=np.where(run.joined < len(rows), run.joined, -1),
         stopped=stopped,
+        interrupted=interrupted,
         both=bool((frame["both_tokens"] > 0).any()),
     )
 
@@ -162,16 +174,20 @@ class OffloadAgainst(NamedTuple):
 
 
 def against_offload_optimum(runs: Mapping[str, OffloadReplay], *, solver: Solver | None = None) -> dict[str, OffloadAgainst]:
-    """Each replay of at least one iteration of one trace on one machine, against the optimum of its own schedule by ``solver``
-    (``LpForms`` unless said); those that saw the same schedule share it."""
+    """Each replay of at least one iteration against the optimum of its own schedule by ``solver`` (``LpForms`` unless said); those of one
+    service (LLM, machine, profile, bits) that saw the same requests join in the same iterations share it."""
     exact = LpForms() if solver is None else solver
-    answers: dict[tuple[bytes, int, bool], tuple[FormsSchedule, SolverResult[FormsPlan]]] = {}
+    answers: dict[tuple[Hashable, int, bool], tuple[FormsSchedule, SolverResult[FormsPlan]]] = {}
     busy: dict[str, float] = {}
-    keys: dict[str, tuple[bytes, int, bool]] = {}
+    keys: dict[str, tuple[Hashable, int, bool]] = {}
     for name, run in runs.items():
+        if not isinstance(run, OffloadReplay):
+            raise ValueError(f"{name}: the optimum is that of an OffloadReplay, as replay_offload gives it, not of {shown(run)}")
         if not len(run.rows):
             continue
-        own = (run.joined.tobytes(), len(run.rows), run.both)
+        lengths = run.requests[["prompt_tokens", "output_tokens"]].to_numpy()[run.joined >= 0]
+        seen: Hashable = (run.service, run.joined[run.joined >= 0].tobytes(), lengths.tobytes())
+        own = (seen, len(run.rows), run.both)
         for key in {own, (*own[:2], True)}:
             if key not in answers:
                 problem = run.schedule(both=key[2])
@@ -193,10 +209,6 @@ def against_offload_optimum(runs: Mapping[str, OffloadReplay], *, solver: Solver
             any_regret=busy[name] / bound - 1 if bound else None,
         )
     return found
-
-
-class _Stopped(Exception):
-    """The policy cannot go on; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -254,10 +266,10 @@ class _Run:
             written = state.written(decision)
             cost = self.service.cost(written, decision.recomputed)
         except Exception as error:  # whatever a user's policy raises, the rows so far are worth keeping
-            raise _Stopped(f"{where}: {type(error).__name__}: {error}") from error
+            raise Stopped(f"{where}: {type(error).__name__}: {error}") from error
         self._check_room(cost, state.serving.iteration)
         return decision, written, cost, runtime
 
     def _check_room(self, cost: OffloadCost, iteration: int) -> None:
         if not cost.fits:
-            raise _Stopped(f"policy {self.name}, iteration {iteration}: what is written does not fit: {cost.explain_overflow()}")
+            raise Stopped(f"policy {self.name}, iteration {iteration}: what is written does not fit: {cost.explain_overflow()}")

@@ -311,8 +311,11 @@ class ClairvoyantProblem:
         places = []
         for kind, splits, counts in zip(steps.kinds, plan.splits, steps.counts, strict=True):
             ways = {split.counts for split in splits}
-            if len(ways) != 1 or sum(split.layers for split in splits) != kind.layers:
-                raise ValueError(f"the plan must split all {kind.layers} layers of {kind.name} alike, and it has {len(ways)} splits")
+            layers = sum(split.layers for split in splits)
+            if layers != kind.layers:
+                raise ValueError(f"the plan must split all {kind.layers} layers of {kind.name}, and it splits {layers}")
+            if len(ways) != 1:
+                raise ValueError(f"the plan must split all {layers} layers of {kind.name} alike, and it has {len(ways)} ways to split them")
             way = next(iter(ways))
             if len(way) != 2 or sum(way) != kind.slices or way[0] not in counts:
                 raise ValueError(f"the plan puts {way} slices of {kind.name} on two memories; they must add up to {kind.slices}")

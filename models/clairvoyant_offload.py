@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .checks import whole
 from .offload_serving import OffloadService, OffloadSteps
 from .trace import Index
 
@@ -65,6 +66,7 @@ class FormsSchedule:
     @classmethod
     def of(cls, service: OffloadService, requests: Sequence[tuple[int, int, int]], *, both: bool = False, iterations: int) -> FormsSchedule:
         """The schedule of ``requests``: for each the iteration in which it joins, its prompt tokens and its output tokens."""
+        iterations = whole("schedule of offloaded requests", "iterations", iterations, "iterations")
         sizes: dict[tuple[int, int, bool], int] = {}
         batch, tokens = (np.zeros(iterations, dtype=np.int64) for _ in range(2))
         for first, prompt, output in requests:

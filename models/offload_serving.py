@@ -379,7 +379,8 @@ class OffloadState:
         new = np.asarray(decision.new_act)
         if new.shape != (self.batch,) or (self.batch and new.dtype != np.bool_):
             raise ValueError(
-                f"new_act must say True or False of each of {self.batch} requests, whether its token is ACT, not {shown(decision.new_act)}"
+                f"new_act must say of each of {self.batch} requests, by True or False, whether its token is ACT, not "
+                f"{shown(decision.new_act)}"
             )
         old = slice(0, self.batch - self.joined)
         forms = {"kv": self.prompts - act - both, "act": act, "both": both, "prompt_act": act}

@@ -116,11 +116,11 @@ class Trace:
     @classmethod
     def from_arrays(cls, name: str, arrived_at: Iterable[float], prompt_tokens: Iterable[int], output_tokens: Iterable[int]) -> Trace:
         """A trace of three columns of one length."""
-        columns = {"arrived_at": arrived_at, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        columns: dict[str, Iterable[float]] = {"arrived_at": arrived_at, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
         wrong = next((column for column, values in columns.items() if isinstance(values, str) or not isinstance(values, Iterable)), None)
         if wrong is not None:
             raise ValueError(f"trace {name!r}: {wrong} must be a list of numbers, one for each request, not {shown(columns[wrong])}")
-        at, prompts, outputs = (list(values) for values in columns.values())
+        at, prompts, outputs = list(arrived_at), list(prompt_tokens), list(output_tokens)
         if not len(at) == len(prompts) == len(outputs):
             raise ValueError(
                 f"trace {name!r}: arrived_at, prompt_tokens and output_tokens must be of one length, not {len(at)}, {len(prompts)} and "
@@ -155,7 +155,7 @@ class Trace:
 
 def _read(path: Path, lines: Any, skip_empty: bool) -> Iterator[Request]:
     """The requests in the ``lines`` of a ``csv.reader``, which knows the number of the line where a row ends."""
-    header = next(lines, [])
+    header: list[str] = next(lines, [])
     places = _places(path, header)
     scale = 1000.0 if tuple(header[place].strip().lower() for place in places.values()) == MOONCAKE else 1.0
     origin: float | datetime | None = None
@@ -185,7 +185,7 @@ def _read(path: Path, lines: Any, skip_empty: bool) -> Iterator[Request]:
             empty.append(lines.line_num)
     if empty and not skip_empty:
         raise ValueError(
-            f"{path}, line {empty[0]}: output_tokens must be at least 1, and {len(empty)} lines of the file have 0; leave them out with "
+            f"{path}, line {empty[0]}: output_tokens must be at least 1 (lines with 0 in the file: {len(empty)}); leave them out with "
             "skip_empty=True"
         )
     if math.isinf(before):
@@ -377,7 +377,7 @@ def _arrivals(what: str, generator: np.random.Generator, number: int, rate: floa
 
 def _generator(what: str, seed: object) -> np.random.Generator:
     """NumPy's generator of a seed, which must be given, so that a trace can be drawn again."""
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**32:
         raise ValueError(f"{what}: seed must be a whole number from 0 to 2**32 - 1, not {shown(seed)}")
     return np.random.default_rng(int(seed))
 

@@ -384,6 +384,8 @@ class MilpClairvoyant:
 
         started = time.perf_counter()
         check_settings(self.relative_gap, self.time_limit, seed=self.seed)
+        if self.seed < 0:  # which CBC takes for no seed at all
+            raise ValueError(f"MilpClairvoyant: seed must be at least 0, not {self.seed}; 0 is as good as any")
         flow = flow_program(problem)
         if flow is None:
             return finish(self, problem, None, started=started, infeasible=True)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.checks import whole
 from ..models.clairvoyant_offload import FormsPlan, FormsSchedule
 from ..models.roofline import Array
 from ..models.trace import Index
@@ -42,6 +43,9 @@ class LpForms:
     relative_gap: float = 1e-5
     time_limit: float | None = 120.0
     most_cells: int = MOST_CELLS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "most_cells", whole("LpForms", "most_cells", self.most_cells, "cells", least=0))
 
     def solve(self, problem: FormsSchedule, /) -> SolverResult[FormsPlan]:
         """The best plan, and a bound that is its own seconds but for rounding."""
@@ -84,6 +88,8 @@ class MilpForms:
 
         started = time.perf_counter()
         check_settings(self.relative_gap, self.time_limit, seed=self.seed)
+        if self.seed < 0:  # which CBC takes for no seed at all
+            raise ValueError(f"MilpForms: seed must be at least 0, not {self.seed}; 0 is as good as any")
         if np.any(np.greater(*problem.limits)):
             return finish(self, problem, None, started=started, infeasible=True)
         found = forms_program(problem, chords=False, whole=True)

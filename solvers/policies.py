@@ -51,13 +51,17 @@ class OwnTimes(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Static:
-    """One plan for all iterations: that of ``solver`` for a full batch of the longest requests."""
+    """One plan for all iterations: that of ``solver`` for a full batch of the longest requests. None: of ``TableMapping`` for two memories,
+    and of ``PatternMapping`` within its gap for other numbers."""
 
-    solver: Solver = field(default_factory=TableMapping)
+    solver: Solver | None = None
 
     def decide(self, state: PolicyState, /) -> KernelMappingPlan:
         """The plan in force, or in the first iteration the solver's."""
-        plan: KernelMappingPlan = self.solver.solve(state.longest).unwrap() if state.previous is None else state.previous
+        if state.previous is not None:
+            return state.previous
+        exact: Solver = TableMapping() if len(state.window.tables.tier_names) == 2 else PatternMapping()
+        plan: KernelMappingPlan = (exact if self.solver is None else self.solver).solve(state.longest).unwrap()
         return plan
 
 
@@ -65,7 +69,7 @@ class Static:
 class FlexGenStatic(Static):
     """FlexGen (arXiv 2303.06865) as H2M2 compares with it: one fraction of all data a tier, for the longest contexts, kept (a reading)."""
 
-    solver: Solver = field(default_factory=UniformMapping)
+    solver: Solver | None = field(default_factory=UniformMapping)
 
 
 @dataclass(frozen=True, slots=True)

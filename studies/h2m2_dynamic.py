@@ -118,7 +118,7 @@ def served(setting: Setting, trace: Trace, profile: Profile) -> Replay:
         profile=walking,
         prefill=False,
         migration=setting.migration,
-    )
+    ).unless_interrupted()
     if run.stopped:
         raise ValueError(run.stopped)
     return run

@@ -138,7 +138,7 @@ def measured(name: str, case: Case, system: System, profile: OffloadProfile, see
         try:
             runs[policy] = replay_offload(
                 settings, trace, system, case.llm, batch_limit=case.batch, profile=profile, prefill=case.prefill, name=policy
-            )
+            ).unless_interrupted()
         except ValueError as error:  # what this policy needs a token does not fit
             refused[policy] = str(error)
     against = against_offload_optimum(runs)

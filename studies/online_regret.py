@@ -176,7 +176,7 @@ def measured(name: str, case: Case, system: System, seed: int) -> tuple[list[dic
     """The rows of one trace on one machine under every policy, and how some replays and the optimum went on."""
     trace = case.draw(seed)
     runs = {
-        policy: replay(settings, trace, system, case.llm, batch_limit=case.batch, prefill=case.prefill)
+        policy: replay(settings, trace, system, case.llm, batch_limit=case.batch, prefill=case.prefill).unless_interrupted()
         for policy, settings in POLICIES.items()
     }
     against = against_optimum(runs)

@@ -137,7 +137,7 @@ def measured(name: str, case: Case, compared: dict[tuple[str, float | None], Pol
     trace = case.draw(seed)
     named = {f"{policy} {setting}": (policy, setting, settings) for (policy, setting), settings in compared.items()}
     runs = {
-        text: replay(settings, trace, H2M2_SYSTEM, case.llm, batch_limit=case.batch, prefill=False, window=1)
+        text: replay(settings, trace, H2M2_SYSTEM, case.llm, batch_limit=case.batch, prefill=False, window=1).unless_interrupted()
         for text, (_, _, settings) in named.items()
     }
     against = against_optimum(runs)
@@ -154,7 +154,7 @@ def migrated(name: str, case: Case, system: System, seed: int) -> list[dict[str,
     runs = {
         (policy, mode): replay(
             settings, trace, system, case.llm, batch_limit=case.batch, prefill=False, window=1, directions=directions, duplicates=duplicates
-        )
+        ).unless_interrupted()
         for policy, settings in MOVERS.items()
         for mode, (directions, duplicates) in MODES.items()
     }
@@ -228,7 +228,10 @@ def savings(frame: pd.DataFrame) -> str:
     lines = []
     for (system, policy), part in frame[frame["mode"].notna()].groupby(["system", "policy"], sort=False):
         by_mode = part.set_index("mode")
-        plain, *others = (by_mode.loc[mode] for mode in MODES)
+        served = [by_mode.loc[mode] for mode in MODES if mode in by_mode.index]
+        if len(served) < 2 or next(iter(MODES)) not in by_mode.index:
+            continue  # replays that did not come to their end have no row
+        plain, *others = served
         found = [
             f"{row.name} {row['migration_GB']:.3g} GB, {row['migration_s'] * 1e3:.3g} ms ({plain['busy_s'] / row['busy_s'] - 1:+.2%})"
             for row in others

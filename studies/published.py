@@ -35,6 +35,7 @@ from memsplit.models import FIRST_PRINCIPLES, H2M2_CALIBRATED, LLAMA2_RHO3, Kern
 from memsplit.models.presets import GPT3_175B, H2M2_SYSTEM, LPDDR_ONLY_SYSTEM
 from memsplit.models.units import MB, ns
 from memsplit.solvers import FlexGenStatic, Greedy, Myopic, Policy, SingleTier
+from memsplit.studies._published_measured import show_measured
 from memsplit.studies._published_offload import flexgen, hybridserve, kvpr
 
 TOLERANCE = 0.05
@@ -213,7 +214,7 @@ def throughput(policy: str, profile: Profile, seed: int) -> float:
     chosen, system, rates = settings[policy]
     migration: Migration = "free" if policy == "oracle" else "serial"
     run = replay(chosen, h2m2_trace(seed), system, GPT3_175B, batch_limit=32, profile=rates, prefill=False, migration=migration)
-    if run.stopped:
+    if run.unless_interrupted().stopped:
         raise ValueError(run.stopped)
     return float(run.summary["throughput_tok_per_s"])
 
@@ -231,10 +232,10 @@ def verdict(published: float, ours: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study: print and write one row for every published number and profile."""
     arguments = study_arguments(__doc__ or "", argv, default_out="published.csv")
-    numbers = pd.read_csv(PUBLISHED).to_dict("records")
+    published = pd.read_csv(PUBLISHED)
     rows, interrupted = finished_rows(
         {**number, "published": number["value"], "ours": np.nan, "profile": "", "fitted_on": ""} | ours
-        for number in numbers
+        for number in published.to_dict("records")
         for ours in PAPERS[number["paper"]](number, arguments.quick)
     )
     frame = pd.DataFrame(rows)
@@ -251,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(part[seen], title=f"{paper}, {where}")
         for quantity, why in part.groupby("quantity", sort=False)["why"]:
             print(f"  {quantity}: " + "; ".join(dict.fromkeys("; ".join(why).split("; "))))
+    show_measured(published)
     counts = pd.crosstab(frame["profile"], frame["verdict"]).reset_index()
     show(counts, title=f"Rows by verdict; reproduced: within {TOLERANCE:.0%} of the published number")
     print(f"Written: {arguments.out}")

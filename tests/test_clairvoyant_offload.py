@@ -15,11 +15,13 @@ from problems import ROUNDING
 from test_offload_serving import RTX, opt, services
 
 from memsplit.models import System
+from memsplit.models.clairvoyant import ClairvoyantProblem
 from memsplit.models.clairvoyant_offload import FormsPlan, FormsSchedule
 from memsplit.models.offload_serving import OffloadService
 from memsplit.models.trace import Trace
 from memsplit.models.units import GB
 from memsplit.solvers import Status
+from memsplit.solvers.clairvoyant import MilpClairvoyant
 from memsplit.solvers.clairvoyant_offload import LpForms, MilpForms, StepBoundForms, step_bound
 
 SOLVED = 1e-7
@@ -170,3 +172,22 @@ class TestMilpForms(FormsCase):
 
 def test_the_bound_of_single_steps_says_that_nothing_fits():
     assert StepBoundForms().solve(CROWDED).status is Status.INFEASIBLE
+
+
+@pytest.mark.parametrize("most_cells", [-1, "x", None, 1.5])
+def test_most_cells_is_a_count(most_cells):
+    with pytest.raises(ValueError, match="most_cells must be a whole number of cells"):
+        LpForms(most_cells=most_cells)
+
+
+@pytest.mark.parametrize("iterations", [0, -1, 1.5])
+def test_a_schedule_has_iterations(iterations):
+    with pytest.raises(ValueError, match="iterations must be a whole number"):
+        FormsSchedule.of(opt(), [(0, 1, 1)], iterations=iterations)
+
+
+def test_negative_seeds_are_refused():
+    two = ClairvoyantProblem.from_tables(np.ones((2, 2)), np.zeros((2, 2)))
+    for solver, problem in ((MilpForms(seed=-1), drawn(2)), (MilpClairvoyant(seed=-1), two)):
+        with pytest.raises(ValueError, match="seed must be at least 0, not -1"):
+            solver.solve(problem)

@@ -1,7 +1,7 @@
 """When two designs differ by less than the model's error."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -12,7 +12,7 @@ from memsplit.dse.confidence import error_bars, resolution, told_apart
 from memsplit.models import KernelMappingProblem, Workload
 from memsplit.models.calibration import Calibration, Error, Estimate
 from memsplit.models.presets import H2M2_SYSTEM, LLAMA3_1_8B
-from memsplit.solvers import GreedyMapping, NaiveMapping, TableMapping
+from memsplit.solvers import GreedyMapping, NaiveMapping, SolverResult, Status, TableMapping
 
 RECORD = Calibration(
     device="toy",
@@ -44,6 +44,14 @@ def test_an_advantage_within_the_error_does_not_tell_apart() -> None:
     assert told_apart(frame, objectives, {"latency_s": RECORD}).tolist() == [False, True, True]
     assert told_apart(frame, objectives, {}).tolist() == [True, True, True]
     assert told_apart(frame, objectives, {"latency_s": NOTHING_KNOWN}).tolist() == [False, False, True]
+
+
+def test_of_rows_that_only_the_error_separates_the_best_is_told_apart() -> None:
+    frame = pd.DataFrame({"latency_s": [1.0, 1.001, 1.05, 2.0]})
+    assert told_apart(frame, [Objective("latency_s")], {"latency_s": RECORD}).tolist() == [True, False, False, True]  # as compare has it
+    both = pd.DataFrame({"latency_s": [1.0, 1.01], "energy_J": [1.01, 1.0]})
+    objectives = [Objective("latency_s"), Objective("energy_J")]
+    assert told_apart(both, objectives, {"latency_s": RECORD, "energy_J": RECORD}).tolist() == [False, False]
 
 
 def test_maximised_columns_and_missing_values() -> None:
@@ -92,4 +100,72 @@ def test_wrong_columns_and_records_are_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match="there is no column 'price_usd'"):
         explore(lambda trial: 0, lambda design: None, [Objective("latency_s")], trials=1, errors={"price_usd": RECORD})
     with pytest.raises(ValueError, match="needs a Calibration"):
+        explore(lambda trial: 0, lambda design: None, [Objective("latency_s")], trials=1, errors={"latency_s": "a100"})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="errors must be a dict of records"):
+        explore(lambda trial: 0, lambda design: None, [Objective("latency_s")], trials=1, errors=[RECORD])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^error must be a Calibration"):
         compare({"one": problem()}, {"table": TableMapping()}, error="a100")  # type: ignore[arg-type]
+
+
+def test_columns_of_the_user_are_not_overwritten() -> None:
+    """Refused at the first design that shows the clash, and not after the last."""
+    frame = pd.DataFrame({"latency_s": [1.0], "latency_high_s": [7.0]})
+    with pytest.raises(ValueError, match="'latency_high_s' is to be added"):
+        error_bars(frame, {"latency_s": RECORD})
+    for name in ("latency_low_s", "latency_high_s", "told_apart"):
+        priced: list[float] = []
+
+        def taken(x: float, name: str = name, priced: list[float] = priced) -> dict[str, float]:
+            priced.append(x)
+            return score(x) | {name: 7.0}
+
+        for synchronous in (True, False):
+            with pytest.raises(ValueError, match=f"'{name}' is to be added"):
+                explore(
+                    lambda trial: trial.suggest_float("x", 0, 10),
+                    taken,
+                    [Objective("latency_s")],
+                    trials=50,
+                    population=4,
+                    errors={"latency_s": RECORD},
+                    progress=False,
+                    synchronous=synchronous,
+                )
+            if synchronous:
+                assert len(priced) <= 4
+    with pytest.raises(ValueError, match="'latency_low_s' is to be added"):
+        explore(
+            lambda trial: trial.suggest_float("latency_low_s", 0, 10),
+            score,
+            [Objective("latency_s")],
+            trials=4,
+            errors={"latency_s": RECORD},
+            progress=False,
+        )
+
+
+def test_no_relative_error_reaches_zero() -> None:
+    """Nothing but 0 s is within the error of 0 s, as compare has it: what takes time differs from what takes none."""
+    fast = pd.DataFrame({"latency_s": [0.0, 1.0, 0.0]})
+    assert told_apart(fast, [Objective("latency_s")], {"latency_s": RECORD}).tolist() == [True, True, True]
+    slow = pd.DataFrame({"throughput_tok_per_s": [0.0, 1.0, 1.05]})
+    assert told_apart(slow, [Objective("throughput_tok_per_s", "maximize")], {"throughput_tok_per_s": RECORD}).tolist() == [
+        True,
+        False,
+        True,
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Takes:
+    """A solver whose plan takes so many ``seconds``."""
+
+    seconds: float
+
+    def solve(self, problem: object, /) -> SolverResult[str]:
+        return SolverResult(solver="Takes", status=Status.FEASIBLE, plan="plan", objective=self.seconds)
+
+
+def test_a_plan_of_no_seconds_is_the_fastest() -> None:
+    frame = compare({"one": None}, {"none": Takes(0.0), "some": Takes(1.0)}, error=RECORD, progress=False)
+    assert frame["told_apart"].tolist() == [True, True]

@@ -45,7 +45,7 @@ def legend_texts(figure):
 
 
 def draw(tmp_path, frame=FRAME, **settings):
-    return plot_lines(frame, tmp_path / "lines.png", x="trials", y="share", by="by", title="", **settings)
+    return plot_lines(frame, tmp_path / "lines.png", **({"x": "trials", "y": "share", "by": "by", "title": ""} | settings))
 
 
 def test_a_line_that_runs_over_an_earlier_one_is_dashed_and_no_other(tmp_path, figure):
@@ -78,6 +78,17 @@ def test_the_legend_says_what_a_band_is(tmp_path, figure):
         ({"band_label": "of five seeds"}, "names no band"),
         ({"markers_only": "a"}, "list of names"),
         ({"markers_only": ["d"]}, "there is no line 'd'; lines are a, b, c"),
+        ({"markers_only": None}, "markers_only must be a list"),
+        ({"linear": 3}, "linear must be a list"),
+        ({"x": "nope"}, "x: there is no column 'nope'; columns are trials, share"),
+        ({"y": "nope"}, "y: there is no column 'nope'"),
+        ({"by": "nope"}, "by: there is no column 'nope'"),
+        ({"band": ("lowest", "nope")}, "band: there is no column 'nope'"),
+        ({"band": ("lowest",)}, "band must be the columns of its lower and its upper end"),
+        ({"y": "by"}, "column 'by' must hold numbers, and it holds 'a'"),
+        ({"frame": FRAME.assign(share=np.inf)}, "no row has both 'trials' and 'share', as finite numbers"),
+        ({"frame": FRAME.assign(by=None)}, "no row has a value in 'by'"),
+        ({"frame": None}, "from a DataFrame"),
     ],
 )
 def test_options_without_effect_are_refused_and_leave_nothing(tmp_path, settings, sentence):
@@ -166,9 +177,30 @@ def test_a_replay_shows_memories_plan_migration_and_distance(tmp_path, figure):
         ({"a": REPLAYS["greedy"].drop(columns="iteration")}, None, "'iteration'"),
         ({"a": REPLAYS["greedy"][["iteration"]]}, None, "nothing to draw"),
         (REPLAYS, {"LPDDR": 1.0}, "no frame has the column 'LPDDR_GB'"),
+        (REPLAYS["greedy"], None, "a dict of their rows by name"),
+        ({"a": REPLAYS}, None, "a dict of their rows by name"),
+        *((REPLAYS, {"HBM": room}, "capacity: HBM must be a number") for room in (-1, np.nan, "x", None)),
     ],
 )
 def test_a_replay_that_cannot_be_drawn_is_refused(tmp_path, frames, capacity, match):
     with pytest.raises(ValueError, match=match):
         plot_replay(frames, tmp_path / "replay.png", title="", capacity=capacity)
     assert not (tmp_path / "replay.png").exists()
+
+
+def test_axes_may_be_named_by_an_iterator(tmp_path, figure):
+    frame = pd.DataFrame({"trials": [1, 10, 100], "share": [1.0, 50.0, 100.0], "by": "a"})
+    draw(tmp_path, frame, linear=iter(["trials", "share"]))
+    (axes,) = figure().axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
+
+
+def test_a_dollar_is_a_dollar(tmp_path, figure):
+    """And not the beginning of a formula, which may even be a wrong one."""
+    title = r"costs $\frac{a}$ to $5"
+    draw(tmp_path, FRAME.assign(by="$x$"), title=title)
+    assert figure().axes[0].title.get_parse_math() is False
+    assert [text.get_parse_math() for legend in [figure().axes[0].get_legend()] for text in legend.get_texts()] == [False]
+    plot_replay(REPLAYS, tmp_path / "replay.png", title=title)
+    objectives = [Objective("latency_s"), Objective("usd_per_Mtok")]
+    plot_front(pd.DataFrame({"latency_s": [1.0, 2.0], "usd_per_Mtok": [3.0, 1.0]}), objectives, tmp_path / "front.png", title=title)

@@ -96,3 +96,16 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
     assert study.main(["--quick", "--out", str(tmp_path / "front.csv")]) == study.INTERRUPTED
     assert "1 finished parts are kept" in capsys.readouterr().err
     assert set(pd.read_csv(tmp_path / "front.csv")["trace"]) == {"one"}
+
+
+def test_what_is_saved_is_said_of_the_ways_that_came_to_their_end(tables):
+    """A replay that stopped has no row, and its policy may lack some ways to migrate, or the plain one."""
+    table = tables[0]
+    modes = list(study.MODES)
+    lacking = table[
+        ~((table["policy"] == "greedy") & (table["mode"] == modes[0])) & ~((table["policy"] == "myopic") & (table["mode"] == modes[2]))
+    ]
+    lines = study.savings(lacking).splitlines()
+    assert [line.split()[0] for line in lines] == ["myopic", "shortlist"]
+    assert modes[2] not in lines[0]
+    assert modes[2] in lines[1]

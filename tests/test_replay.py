@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from strategies import dense_llms, profiles, systems
 from test_serving import linked, per_layer, traces
 
-from memsplit.dse.replay import replay, summarised
-from memsplit.models import FIRST_PRINCIPLES, KernelMappingPlan, Split, Workload
-from memsplit.models.presets import GPT3_175B, H2M2_SYSTEM, LLAMA2_70B, LPDDR_ONLY_SYSTEM
+from memsplit.dse.replay import against_optimum, replay, summarised
+from memsplit.models import FIRST_PRINCIPLES, H2M2_CALIBRATED, KernelMappingPlan, Split, Workload
+from memsplit.models.presets import GPT3_175B, H2M2_CXL_SYSTEM, H2M2_SYSTEM, LLAMA2_70B, LPDDR_ONLY_SYSTEM
 from memsplit.models.serving import Service, _plan_exists
 from memsplit.models.trace import Trace, fixed_trace, h2m2_trace, poisson_trace
 from memsplit.models.units import GB, TB, ns
+from memsplit.solvers import PatternMapping
+from memsplit.solvers.offload_policies import KvOnly
 from memsplit.solvers.policies import Greedy, Myopic, SingleTier, Static
 
 SMALL = h2m2_trace(2, batch=8, iterations=20)
@@ -245,3 +247,86 @@ def test_ample_and_fast_memory_is_no_slower():
     rows, others = (run(Myopic(), system=system, migration="free").rows for system in (H2M2_SYSTEM, faster))
     assert (others["decode_s"] <= rows["decode_s"]).all()
     assert (rows["tokens"] == others["tokens"]).all()
+
+
+def test_ctrl_c_ends_a_loop_over_replays_that_asks():
+    result = run(Scripted(3, "interrupts"))
+    assert (result.interrupted, len(result.rows)) == (True, 3)
+    assert result.stopped == "interrupted after 3 iterations"
+    with pytest.raises(KeyboardInterrupt):
+        result.unless_interrupted()
+    for policy, how in ((Scripted(3, "raises"), {}), (Greedy(), {"iterations": 3}), (Greedy(), {})):
+        other = run(policy, **how)
+        assert other.unless_interrupted() is other
+
+
+def test_replays_of_several_services_are_held_against_their_own_optima():
+    """The schedule is the same on less HBM, with 16 bits and of another LLM; the optimum is not."""
+    small = H2M2_SYSTEM.with_resized_tier("HBM", 16 * GB)
+    runs = {
+        "full": run(Myopic()),
+        "small": run(Myopic(), system=small),
+        "16 bits": run(Myopic(), kv_bits=16),
+        "profile": run(Myopic(), profile=H2M2_CALIBRATED),
+        "LLM": run(Myopic(), llm=GPT3_175B),
+        "again": run(Static()),
+    }
+    assert len({tuple(one.rows["tokens"]) for one in runs.values()}) == 1
+    together = against_optimum(runs)
+    alone = {name: against_optimum({name: one})[name] for name, one in runs.items()}
+    for name, one in together.items():
+        assert one.optimum.objective == alone[name].optimum.objective
+        assert one.regret.upper == alone[name].regret.upper
+    assert len({one.optimum.objective for one in together.values()}) == 5
+    assert together["full"].optimum is together["again"].optimum
+
+
+def test_the_replay_that_has_no_optimum_is_named():
+    good = run(Greedy(), iterations=2)
+    for wrong, message in (
+        (run(Alternating(layers=True), iterations=2), "must split all .* alike, and it has 2 ways"),
+        (run(Greedy(), system=LPDDR_ONLY_SYSTEM, iterations=2), "two memories"),
+        (run(Greedy(), migration="free", iterations=2), "waits for migration"),
+        (None, "a Replay"),
+    ):
+        with pytest.raises(ValueError, match=f"^wrong: .*{message}"):
+            against_optimum({"good": good, "wrong": wrong})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": Greedy}, "not the class Greedy"),
+        ({"policy": None}, "must have the method decide"),
+        ({"policy": "greedy"}, "must have the method decide"),
+        ({"policy": KvOnly()}, "give it to replay_offload"),
+        ({"trace": []}, "must be a Trace"),
+        ({"trace": None}, "must be a Trace"),
+        ({"system": "h2m2"}, "must be a System"),
+        ({"system": None}, "must be a System"),
+        ({"llm": "llama2-70b"}, "must be an LLMConfig"),
+        ({"llm": None}, "must be an LLMConfig"),
+        ({"profile": "h2m2"}, "must be a Profile"),
+        ({"prefill": "no"}, "prefill must be True or False"),
+        *(({"kv_bits": bits}, "kv_bits must be a number above 0") for bits in (0, "8", None, math.nan, -4)),
+        ({"weight_bits": 0}, "weight_bits"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_refused_before_the_start(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(**({"policy": Greedy()} | arguments))
+
+
+def test_bits_that_are_next_to_nothing_leave_room_for_any_trace():
+    assert run(Greedy(), kv_bits=1e-300, iterations=2).rows["tokens"].notna().all()
+
+
+@pytest.mark.parametrize("system", [LPDDR_ONLY_SYSTEM, H2M2_CXL_SYSTEM])
+def test_a_static_plan_is_found_for_any_number_of_memories(system):
+    """It is the optimum of the longest iteration, which no plan that fits beats."""
+    result = run(Static(), system=system)
+    assert (result.stopped, result.summary["migrations"]) == ("", 0)
+    service = Service(system=system, llm=LLAMA2_70B)
+    longest = service.problem(8, min(service.most_tokens(), 8 * int(SMALL.state_tokens.max())))
+    best = PatternMapping().solve(longest).objective
+    assert longest.evaluate(result.plans[0]).latency == best

@@ -14,14 +14,15 @@ from test_offload_serving import RTX, served
 
 from memsplit.dse.replay_offload import OffloadReplay, against_offload_optimum, replay_offload
 from memsplit.models.offload_generation import generation_time
-from memsplit.models.offload_profiles import HYBRIDSERVE_PAPER
+from memsplit.models.offload_profiles import HYBRIDSERVE_PAPER, KVPR_NOMINAL
 from memsplit.models.offload_serving import OffloadDecision
-from memsplit.models.presets import LLAMA3_1_8B, LPDDR_ONLY_SYSTEM, OPT_30B
+from memsplit.models.presets import LLAMA3_1_8B, LPDDR_ONLY_SYSTEM, OPT_13B, OPT_30B
 from memsplit.models.trace import Trace, fixed_trace, h2m2_trace, poisson_trace
 from memsplit.models.units import GB
 from memsplit.models.workload import Workload
 from memsplit.solvers.clairvoyant_offload import LpForms, StepBoundForms, step_bound
 from memsplit.solvers.offload_policies import ActOnly, AdaptiveRatio, AdmissionRatio, FixedRatio, KvOnly, RequestForms, StepSplit
+from memsplit.solvers.policies import Greedy
 
 RUNTIME = "decide_runtime_s"
 POLICIES = {
@@ -320,3 +321,52 @@ def test_the_adaptive_ratio_is_near_the_optimum_where_neither_form_is():
     )
     assert found["adaptive"].regret.upper < 0.005
     assert min(found["kv"].regret.lower, found["act"].regret.lower) > 0.02
+
+
+def test_ctrl_c_ends_a_loop_over_replays_that_asks():
+    result = run(Scripted(3, "interrupts"))
+    assert (result.interrupted, len(result.rows)) == (True, 3)
+    with pytest.raises(KeyboardInterrupt):
+        result.unless_interrupted()
+    for policy in (Scripted(3, "raises"), KvOnly()):
+        other = run(policy)
+        assert other.unless_interrupted() is other
+
+
+def test_replays_of_several_traces_and_services_are_held_against_their_own_optima():
+    """All join in iteration 0 and take 5; lengths, LLM, bits and machine differ, and so do the optima."""
+    short, long = (fixed_trace(32, prompt_tokens=number, output_tokens=5) for number in (400, 1900))
+    runs = {
+        "short": run(KvOnly(), short, batch_limit=32),
+        "long": run(KvOnly(), long, batch_limit=32),
+        "LLM": run(KvOnly(), short, batch_limit=32, llm=OPT_13B),
+        "bits": run(KvOnly(), short, batch_limit=32, weight_bits=8),
+        "profile": run(KvOnly(), short, batch_limit=32, profile=KVPR_NOMINAL),
+        "again": run(ActOnly(), short, batch_limit=32),
+    }
+    together = against_offload_optimum(runs)
+    for name, one in together.items():
+        alone = against_offload_optimum({name: runs[name]})[name]
+        assert (one.busy, one.optimum.objective, one.any_bound) == (alone.busy, alone.optimum.objective, alone.any_bound)
+    assert len({one.optimum.objective for one in together.values()}) == 5
+    assert together["short"].optimum is together["again"].optimum
+    with pytest.raises(ValueError, match=r"^wrong: the optimum is that of an OffloadReplay"):
+        against_offload_optimum({"wrong": None})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": KvOnly}, "not the class KvOnly"),
+        ({"policy": None}, "must have the method decide"),
+        ({"policy": Greedy()}, "give others to replay"),
+        ({"trace": None}, "must be a Trace"),
+        ({"system": "rtx4090"}, "must be a System"),
+        ({"llm": None}, "must be an LLMConfig"),
+        ({"profile": "x"}, "must be an OffloadProfile"),
+        ({"prefill": "no"}, "prefill must be True or False"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_refused_before_the_start(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(**({"policy": KvOnly()} | arguments))

@@ -13,7 +13,18 @@ from strategies import linear_coefficients, llms, profiles, systems
 
 from memsplit.dse import from_json, to_json
 from memsplit.models import FIRST_PRINCIPLES, KernelMappingPlan, KernelMappingProblem, Link, Split, System, Workload, kernels
-from memsplit.models.presets import DEEPSEEK_V3, GPT3_175B, H2M2_CXL_SYSTEM, H2M2_SYSTEM, LLAMA2_70B, LPDDR_ONLY_SYSTEM, MIXTRAL_8X7B
+from memsplit.models.offload_serving import OffloadService, OffloadState
+from memsplit.models.presets import (
+    DEEPSEEK_V3,
+    GPT3_175B,
+    H2M2_CXL_SYSTEM,
+    H2M2_SYSTEM,
+    LLAMA2_70B,
+    LPDDR_ONLY_SYSTEM,
+    MIXTRAL_8X7B,
+    OPT_6_7B,
+    RTX4090_SYSTEM,
+)
 from memsplit.models.serving import PolicyState, Service, ServingLimits, ServingState, StepWindow, _plan_exists
 from memsplit.models.trace import Trace, fixed_trace
 from memsplit.models.units import GB
@@ -307,3 +318,21 @@ def test_a_policys_state_says_costs_and_what_is_too_much():
     moved = replace(state, previous=on_lpddr).transition(on_hbm)
     assert moved == state.problem.transition(on_lpddr, on_hbm)
     assert list(moved.moved) == [("LPDDR", "HBM")]
+
+
+def test_a_policy_cannot_change_what_it_is_served():
+    """Requests, the forms of their tokens, and the tables that price its plan; arrays given to a state stay as they are."""
+    trace = fixed_trace(2, prompt_tokens=10, output_tokens=3)
+    own = np.array([0, 1])
+    state = ServingState(trace=trace, running=own, context=np.array([10, 10]), remaining=np.array([3, 3]), waiting=2)
+    window = StepWindow.of(Service(system=H2M2_SYSTEM, llm=LLAMA2_70B), [2], [20])
+    joined = ServingState.start(trace).admitted(ServingLimits(batch=2, tokens=100))
+    service = OffloadService(system=RTX4090_SYSTEM, llm=OPT_6_7B, batch=2, longest=20)
+    offload = OffloadState.start(service, trace).admitted(joined)
+    arrays = [getattr(held, name) for held in (state, state.stepped(1.0)) for name in ("running", "context", "remaining")]
+    arrays += [getattr(offload, name) for name in ("kv", "act", "both", "prompt_act")]
+    arrays += [getattr(window.tables, name) for name in ("seconds", "pages", "capacity")]
+    for array in arrays:
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 1
+    own[0] = 1

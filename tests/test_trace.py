@@ -1,7 +1,9 @@
 """Traces: what is drawn has the lengths and arrivals that it says, and a CSV is read or refused with its line."""
 
+import csv
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,7 +201,11 @@ def test_the_columns_of_public_traces_are_known(tmp_path, text):
         (HEADER + "0,1,1\n0,1.5,1\n", 3, "prompt_tokens"),
         (HEADER + "0,1,1\n0,nan,1\n", 3, "prompt_tokens"),
         (HEADER + "0,1,1\n0,1,inf\n", 3, "output_tokens"),
-        (HEADER + "-1,1,1\n", 2, "before|arrived_at"),
+        (HEADER + "-1,1,1\n", 2, "arrived_at must be a number at least 0"),
+        ("arrived_at,prompt_tokens,arrived_at,output_tokens\n0,1,0,1\n", 1, "several columns .*keep one"),
+        ("text," + HEADER + '"a\nb\nc",0,1,1\nx,0,soon,1\n', 5, "soon"),  # physical lines, as an editor counts them
+        (HEADER + "1e17,1,1\n", 2, "subtract the first arrival"),
+        (HEADER + "0\0,1,1\n", 2, "arrived_at"),
         (HEADER + "nan,1,1\n", 2, "arrived_at"),
         (HEADER + "5,1,1\n\n4,1,1\n", 4, "sort"),
         (HEADER + "0,1,1\n2024-01-01,1,1\n", 3, "all lines"),
@@ -224,3 +230,80 @@ def test_no_name_means_two_columns():
     names = [name for several in COLUMNS.values() for name in several]
     assert len(names) == len(set(names))
     assert all(name == name.lower() for name in names)
+
+
+def test_mooncake_counts_in_milliseconds_and_others_do_not(tmp_path):
+    """Its three names together mean its file; a timestamp beside other names is in seconds."""
+    rows = "\n0,6758,500\n27482,7322,490\n"
+    assert Trace.from_csv(written(tmp_path, "timestamp,input_length,output_length" + rows)).arrived_at.tolist() == [0, 27.482]
+    assert Trace.from_csv(written(tmp_path, "timestamp,prompt_tokens,output_length" + rows)).arrived_at.tolist() == [0, 27482]
+    dated = "timestamp,input_length,output_length\n2024-01-01 00:00:00,1,1\n2024-01-01 00:00:01,1,1\n"
+    assert Trace.from_csv(written(tmp_path, dated)).arrived_at.tolist() == [0, 1]
+
+
+def test_microseconds_of_dates_are_exact(tmp_path):
+    """Floats of this size are 0.2 us apart, so that their difference is another number."""
+    text = HEADER + "2024-05-10 00:00:00.000001+00:00,1,1\n2024-05-10 02:00:00.100002+02:00,1,1\n"
+    assert Trace.from_csv(written(tmp_path, text)).arrived_at.tolist() == [0, 0.100001]
+
+
+def test_requests_without_an_output_are_counted_and_may_be_left_out(tmp_path):
+    path = written(tmp_path, HEADER + "0,1,0\n1,2,3\n2,3,0\n")
+    with pytest.raises(ValueError, match=r"line 2: .*lines with 0 in the file: 2.*skip_empty=True"):
+        Trace.from_csv(path)
+    assert Trace.from_csv(path, skip_empty=True) == Trace.from_arrays("trace", [1], [2], [3])
+    with pytest.raises(ValueError, match="no request"):
+        Trace.from_csv(written(tmp_path, HEADER + "0,1,0\n"), skip_empty=True)
+
+
+def test_what_is_no_path_and_texts_too_long_are_said(tmp_path):
+    for path in (None, 3, "", "a\0b"):
+        with pytest.raises(ValueError, match="name a file"):
+            Trace.from_csv(path)
+    long = written(tmp_path, "text," + HEADER + "x" * (csv.field_size_limit() + 1) + ",0,1,1\n")
+    with pytest.raises(ValueError, match=f"more than {csv.field_size_limit()} characters; drop that column"):
+        Trace.from_csv(long)
+
+
+def test_a_clock_can_advance_when_a_request_arrives():
+    """A time of a Unix clock in seconds can be told from one a microsecond later, one in milliseconds cannot."""
+    Request(arrived_at=1.7e9, prompt_tokens=1, output_tokens=1)
+    for late in (1.7e12, 1e17, 2.0**33):
+        with pytest.raises(ValueError, match="subtract the first arrival"):
+            Request(arrived_at=late, prompt_tokens=1, output_tokens=1)
+
+
+@pytest.mark.parametrize("seed", [-1, None, "a", 1.5, True, 2**32])
+def test_a_seed_is_a_whole_number(seed):
+    makes = (
+        lambda: poisson_trace("chat", 3, seed=seed),
+        lambda: uniform_trace(3, prompt_tokens=(1, 2), output_tokens=(1, 2), seed=seed),
+        lambda: h2m2_trace(seed),
+    )
+    for make in makes:
+        with pytest.raises(ValueError, match="seed must be a whole number from 0 to"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Trace.from_arrays("x", [0, 1], [1], [1, 1]), "one length, not 2, 1 and 2"),
+        (lambda: Trace.from_arrays("x", None, [1], [1]), "arrived_at must be a list"),
+        (lambda: Trace(name="x", requests=None), "requests must be several"),
+        (lambda: uniform_trace(3, prompt_tokens=(1, 2, 3), output_tokens=(1, 2)), "prompt_tokens must be the shortest and the longest"),
+        (lambda: uniform_trace(3, prompt_tokens=5, output_tokens=(1, 2)), "prompt_tokens must be several"),
+        (lambda: poisson_trace(None, 3), "lengths must be one of"),
+        (lambda: poisson_trace("chat", 3, rate=1e-320), "raise it"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_arguments_of_traces_are_refused_in_one_sentence(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.filterwarnings("error")
+def test_lengths_of_any_spread_are_cut():
+    wide = replace(LENGTHS["chat"], prompt_sigma=1e308)
+    assert set(poisson_trace(wide, 50).prompt_tokens.tolist()) == {1, 4096}
