@@ -15,7 +15,7 @@ from ..models.kernel_mapping import KernelMappingPlan, TransitionCost
 from ..models.migration import Duplicates, Residency
 from ..models.paging import Directions
 from ..models.roofline import Array
-from ..models.serving import PolicyState, Service, ServingLimits, ServingState, StepWindow
+from ..models.serving import PolicyState, Service, ServingLimits, ServingState, StepWindow, TableTime
 from ..models.trace import Trace
 from ..models.units import GB
 from ..solvers.policies import OwnTimes, Policy
@@ -45,8 +45,8 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Run:
-    """A replay under way. ``first_token`` and ``finished`` [N] are filled with times as it goes; ``plans`` and ``prompts`` grow with the
-    iterations."""
+    """A replay under way. ``first_token`` and ``finished`` [N] are filled with times as it goes; ``plans``, ``prompts`` and ``asked``
+    (the tables that the policy looked at) grow with the iterations."""
 
     policy: Policy
     name: str
@@ -61,6 +61,7 @@ class Run:
     finished: Array
     plans: list[KernelMappingPlan] = field(default_factory=list)
     prompts: list[tuple[int, ...]] = field(default_factory=list)
+    asked: list[TableTime | None] = field(default_factory=list)
     _texts: dict[KernelMappingPlan, tuple[Any, ...]] = field(default_factory=dict)
 
     def columns(self) -> list[str]:
@@ -102,8 +103,6 @@ class Run:
                 directions=self.directions,
                 stayed=1 - sum(new) / tokens,
             )
-            for prompt in read:  # made whatever is decided, as the tables of the window are
-                self.service.prefill(prompt)
             plan, residency, transition, runtime = self._decided(decision)
             decode, prefill = (decision.latency(plan), decision.prefill(plan)) if own is None else self._own_times(own, decision)
             paging = 0.0 if bare_ahead is ahead or bare_ahead is None or own else decode - bare_ahead.latency(plan, row)
@@ -125,12 +124,15 @@ class Run:
             row += 1
 
     def _decided(self, state: PolicyState) -> tuple[KernelMappingPlan, Residency | None, TransitionCost, float]:
-        """The policy's plan, which fits, what is where then, what it takes to get there, and the seconds it took to decide."""
+        """The policy's plan, which fits, what is where then, what it takes to get there, and the seconds it took to decide, without those
+        of the window's tables."""
         where = f"policy {self.name}, iteration {state.serving.iteration}"
-        started = time.perf_counter()
+        spent = state.window.spent
+        asked, before, started = spent.asked, spent.seconds, time.perf_counter()
         try:
             plan = self.policy.decide(state)
-            runtime = time.perf_counter() - started
+            runtime = time.perf_counter() - started - (spent.seconds - before)
+            self.asked.append(spent if spent.asked > asked else None)
             if not isinstance(plan, KernelMappingPlan):
                 raise TypeError(f"decide must return a KernelMappingPlan, not {shown(plan)}")
             if not state.fits(plan):

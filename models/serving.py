@@ -7,6 +7,7 @@ An iteration is one decode step whose attention reads the contexts of all reques
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -104,6 +105,14 @@ class Service:
             self._kept[key] = self.prefill(prompt).tables.two_way()[0][0]
         seconds: Array = self._kept[key]
         return seconds
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of sublayer, which are the same in all steps."""
+        if "kinds" not in self._kept:
+            self._kept["kinds"] = tuple(kind for kind, _ in sublayers_of(self.workload(1, 1), self.granularity))
+        kinds: tuple[Kind, ...] = self._kept["kinds"]
+        return kinds
 
     @property
     def read_only(self) -> tuple[bool, ...]:
@@ -214,36 +223,70 @@ class Service:
         return found
 
 
+@dataclass(slots=True, kw_only=True)
+class TableTime:
+    """How often the tables of a window were asked for, and the ``seconds`` that it took to build them, once."""
+
+    asked: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepWindow:
-    """Some iterations whose batch [D] and tokens [D] are known, priced together; methods take the row of one."""
+    """Some iterations whose batch [D] and tokens [D] are known, priced together; methods take the row of one.
+
+    Their ``tables`` are built when something first asks for them: what a policy decides without them costs it none. ``spent`` says
+    whether and how long, so that a replay can charge a policy with the tables that it looked at.
+    """
 
     service: Service
     batch: Index
     tokens: Index
-    tables: KernelMappingTables
+    spent: TableTime = field(default_factory=TableTime, init=False, repr=False)
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, service: Service, batch: ArrayLike, tokens: ArrayLike) -> StepWindow:
         """The window of these iterations."""
-        tables = service.tables(batch, tokens)
-        for name in ("seconds", "shared", "pages", "traffic", "capacity", "page"):  # they price the plan of the policy that looks at them
-            getattr(tables, name).setflags(write=False)
-        return cls(service=service, batch=np.asarray(batch, dtype=np.int64), tokens=np.asarray(tokens, dtype=np.int64), tables=tables)
+        return cls(service=service, batch=np.asarray(batch, dtype=np.int64), tokens=np.asarray(tokens, dtype=np.int64))
+
+    @property
+    def tables(self) -> KernelMappingTables:
+        """The tables of all its iterations (``Service.tables``)."""
+        self.spent.asked += 1
+        if "tables" not in self._kept:
+            started = time.perf_counter()
+            self._kept["tables"] = self.service.tables(self.batch, self.tokens)
+            self.spent.seconds = time.perf_counter() - started
+            for name in ("seconds", "shared", "pages", "traffic", "capacity", "page"):  # they price the plan of the policy that looks
+                getattr(self._kept["tables"], name).setflags(write=False)
+        tables: KernelMappingTables = self._kept["tables"]
+        return tables
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of sublayer."""
+        return self.service.kinds
+
+    @property
+    def tier_names(self) -> tuple[str, ...]:
+        """Names of the tiers, in order."""
+        return self.service.system.tier_names
 
     def once(self, key: Hashable, make: Callable[[KernelMappingTables], Any]) -> Any:
         """``make(tables)``, kept under ``key``: what a policy works out for all iterations of the window at once."""
+        tables = self.tables  # asked for also where what was made of them is kept
         if key not in self._kept:
-            self._kept[key] = make(self.tables)
+            self._kept[key] = make(tables)
         return self._kept[key]
 
     def problem(self, row: int) -> KernelMappingProblem:
         """The problem of one iteration."""
-        some = {name: getattr(self.tables, name)[row : row + 1] for name in ("seconds", "shared", "pages", "traffic", "capacity", "page")}
+        tables = self.tables
+        some = {name: getattr(tables, name)[row : row + 1] for name in ("seconds", "shared", "pages", "traffic", "capacity", "page")}
         service = self.service
         return KernelMappingProblem(
-            tables=replace(self.tables, **some),
+            tables=replace(tables, **some),
             system=service.system,
             workload=service.workload(int(self.batch[row]), int(self.tokens[row])),
             profile=service.profile,
@@ -279,7 +322,7 @@ class StepWindow:
 
     def plan(self, counts: Sequence[Sequence[int]]) -> KernelMappingPlan:
         """The plan with ``counts[k][t]`` slices in every layer of kind k."""
-        rows = zip(self.tables.kinds, counts, strict=True)
+        rows = zip(self.kinds, counts, strict=True)
         return KernelMappingPlan(splits=tuple((Split(layers=kind.layers, counts=tuple(row)),) for kind, row in rows))
 
     def counts(self, plan: KernelMappingPlan) -> Counts | None:
@@ -292,12 +335,12 @@ class StepWindow:
 
     def _priced(self, counts: Index) -> tuple[Array, Pages]:
         """Seconds [D] and pages [D, T] of a split in all iterations."""
-        key = ("priced", counts.tobytes())
+        key, tables = ("priced", counts.tobytes()), self.tables
         if key not in self._kept:
             kinds = np.arange(len(counts))
-            seconds, pages = self.tables.split_seconds(kinds, counts), self.tables.split_pages(kinds, counts)
+            seconds, pages = tables.split_seconds(kinds, counts), tables.split_pages(kinds, counts)
             total, held = np.zeros(1), np.zeros(1, dtype=np.int64)
-            for k, kind in enumerate(self.tables.kinds):  # in the order of kinds, as evaluate adds them
+            for k, kind in enumerate(tables.kinds):  # in the order of kinds, as evaluate adds them
                 total = total + kind.layers * seconds[:, k]
                 held = held + kind.layers * pages[:, k]
             self._kept[key] = total, held
@@ -334,7 +377,7 @@ class PolicyState:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of sublayer."""
-        return self.window.tables.kinds
+        return self.window.kinds
 
     def latency(self, plan: KernelMappingPlan) -> float:
         """Seconds of this iteration's decode step under a plan."""

@@ -14,10 +14,12 @@ from .kernel_mapping_heuristics import FlexGenMapping, GreedyMapping, MajorMappi
 from .mini_batches import CpSatBatches, FirstComeBatches, GreedyRatioBatches, MilpBatches
 from .offload_policies import ActOnly, AdaptiveRatio, AdmissionRatio, FixedRatio, KvOnly, OffloadPolicy, RequestForms, StepSplit
 from .placement import CharnesCooperPlacement, FixedPlacement, FlexGenPlacement, PulpPlacement
-from .policies import FlexGenStatic, Greedy, HardwareCache, Hysteresis, LookAhead, Myopic, Policy, Shortlist, SingleTier, Static
+from .policies import FlexGenStatic, Greedy, HardwareCache, Hysteresis, LookAhead, Myopic, Policy, SingleTier, Static
+from .policy_h2m2 import GreedyEviction
 from .recompute_split import ClosedFormSplit, CpSatSplit, EnumerationSplit, FixedShareSplit, MilpSplit
 from .recompute_split_batch import SplitSolutions, solve_splits
 from .result import Solver, SolverResult, Status
+from .shortlist import Shortlist
 
 __all__ = [
     "ActFirstRatio",
@@ -45,6 +47,7 @@ __all__ = [
     "FlexGenStatic",
     "FrontPlan",
     "Greedy",
+    "GreedyEviction",
     "GreedyMapping",
     "GreedyRatioBatches",
     "HardwareCache",

@@ -43,6 +43,9 @@ MOST_ARCS = 200_000
 MOST_STATES = 2 * 10**9
 """Iterations x plans up to which bounds charge for moves: a minute of one core, 2,000 iterations of GPT3-175B."""
 
+ROUNDING = 1e-12
+"""Shares of a trace's seconds below it are of the order in which they were added up."""
+
 INFORMATIVE = 0.05
 """A bound further than this from the best policy says little about it."""
 
@@ -67,10 +70,16 @@ def regret(latency: float, result: SolverResult[Any], *, best: float | None = No
             raise ValueError(f"regret: {name} must be seconds of at least 0 and finite, not {shown(value)}")
     least = min(seconds for seconds in (latency, best, result.objective) if seconds is not None)
     return Regret(
-        lower=latency / result.objective - 1 if result.objective else None,
-        upper=latency / result.bound - 1 if result.bound else None,
+        lower=_over(latency, result.objective) if result.objective else None,
+        upper=_over(latency, result.bound) if result.bound else None,
         informative=result.bound is not None and result.bound >= (1 - INFORMATIVE) * least,
     )
+
+
+def _over(latency: float, least: float) -> float:
+    """The share by which ``latency`` is above ``least``; 0 within the rounding of sums of thousands of iterations."""
+    share = latency / least - 1
+    return 0.0 if abs(share) < ROUNDING else share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 A policy is a frozen value with ``most_tokens(service)``, the tokens that it lets run together, counted at each request's end, so that
 whatever it decides fits; and ``decide(state) -> OffloadDecision``. Those that mix forms make room for the larger one unless said. None
-looks at when requests end.
+looks at when the running requests end; ``AdaptiveRatio`` knows how long the longest request of the trace is.
 """
 
 from __future__ import annotations

@@ -7,20 +7,19 @@ if what it decides for one depends on that one alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..models.baselines import hierarchical
 from ..models.checks import check_number, whole
-from ..models.kernel_mapping import KernelMappingPlan, Split
+from ..models.kernel_mapping import KernelMappingPlan
 from ..models.kernel_mapping_tables import KernelMappingTables
 from ..models.paging import Way
 from ..models.roofline import Array
-from ..models.serving import PolicyState, Service
+from ..models.serving import PolicyState
 from .kernel_mapping import PatternMapping, TableMapping
 from .kernel_mapping_heuristics import GreedyMapping, UniformMapping, is_sublayer
 from .result import Solver
@@ -80,7 +79,7 @@ class SingleTier:
 
     def decide(self, state: PolicyState, /) -> KernelMappingPlan:
         """All slices there, whether or not they fit; ValueError if there is no such tier."""
-        names = state.window.tables.tier_names
+        names = state.window.tier_names
         if self.tier is not None and self.tier not in names:
             raise ValueError(f"SingleTier: there is no tier {self.tier!r}; tiers are {list(names)}")
         there = names[0] if self.tier is None else self.tier
@@ -96,7 +95,7 @@ class HardwareCache:
 
     def decide(self, state: PolicyState, /) -> KernelMappingPlan:
         """All slices on the second memory; ValueError unless there are two."""
-        names = state.window.tables.tier_names
+        names = state.window.tier_names
         if len(names) != 2:
             raise ValueError(f"HardwareCache: a cache in front of a memory is two memories, not {len(names)}: {list(names)}")
         return state.window.plan([[0, kind.slices] for kind in state.kinds])
@@ -122,8 +121,7 @@ class Greedy:
 
     def decide(self, state: PolicyState, /) -> KernelMappingPlan:
         """The greedy plan; ValueError if it finds none."""
-        tables = state.window.tables
-        if len(tables.tier_names) != 2:
+        if len(state.window.tier_names) != 2:
             return GreedyMapping(order=self.order).solve(state.problem).unwrap()
         counts = state.window.once(self, self._all)[state.row]
         if counts[0, 0] == NO_PLAN:
@@ -163,7 +161,7 @@ class Myopic:
 
     def decide(self, state: PolicyState, /) -> KernelMappingPlan:
         """The optimal plan; ValueError if nothing fits."""
-        if len(state.window.tables.tier_names) != 2:
+        if len(state.window.tier_names) != 2:
             return PatternMapping().solve(state.problem).unwrap()
         prefill = state.prefill_seconds()
         if prefill is None:
@@ -171,7 +169,7 @@ class Myopic:
         else:
             tables, row = state.window.tables, slice(state.row, state.row + 1)
             seconds = tables.two_way(row)[0] + prefill
-            counts = TableMapping(compiled=self.compiled).solve_batch(_of_seconds(tables, seconds, row))[1][0]
+            counts = TableMapping(compiled=self.compiled).solve_batch(tables_of_seconds(tables, seconds, row))[1][0]
         if counts[0, 0] == NO_PLAN:
             return TableMapping().solve(state.problem).unwrap()
         return state.window.plan(counts.tolist())
@@ -234,16 +232,16 @@ class LookAhead:
     def decide(self, state: PolicyState, /) -> KernelMappingPlan:
         """The plan in force, or a better one; ValueError if nothing fits."""
         window, row = state.window, state.row
-        if len(window.tables.tier_names) != 2:
+        if len(window.tier_names) != 2:
             return Hysteresis(horizon=self.iterations if self.migration else math.inf).decide(state)
         batch, tokens = int(window.batch[row]), int(window.tokens[row])
-        coming = np.minimum(tokens + batch * np.arange(self.iterations), max(tokens, _most_tokens(state)))
+        coming = np.minimum(tokens + batch * np.arange(self.iterations), max(tokens, most_tokens(state)))
         tables = window.service.tables(np.full(len(coming), batch), coming)
         stages, prefill = tables.two_way()[0].sum(axis=0), state.prefill_seconds()
         stages = stages if prefill is None else stages + prefill
-        before = None if state.previous is None or not self.migration else _on_first(state.previous)
-        seconds = stages if before is None else stages + _moving(state, tables, _present(state, before))
-        found = TableMapping().solve_batch(_of_seconds(tables, seconds[None], slice(-1, None)))[1][0]
+        before = None if state.previous is None or not self.migration else on_first(state.previous)
+        seconds = stages if before is None else stages + _moving(state, tables, present_slices(state, before))
+        found = TableMapping().solve_batch(tables_of_seconds(tables, seconds[None], slice(-1, None)))[1][0]
         if found[0, 0] == NO_PLAN:
             return Myopic().decide(state)
         plan = window.plan(found.tolist())
@@ -258,18 +256,18 @@ class LookAhead:
         return state.previous if stays else plan
 
 
-def _most_tokens(state: PolicyState) -> int:
+def most_tokens(state: PolicyState) -> int:
     """Tokens of the problem that stands for the longest iterations."""
     workload = state.longest.workload
     return 0 if workload is None or workload.state_tokens is None else workload.state_tokens
 
 
-def _on_first(plan: KernelMappingPlan) -> NDArray[np.int64]:
+def on_first(plan: KernelMappingPlan) -> NDArray[np.int64]:
     """Slices [K] on the first tier of a plan that splits all layers of a kind alike."""
     return np.array([splits[0].counts[0] for splits in plan.splits], dtype=np.int64)
 
 
-def _present(state: PolicyState, before: NDArray[np.int64]) -> NDArray[np.int64]:
+def present_slices(state: PolicyState, before: NDArray[np.int64]) -> NDArray[np.int64]:
     """Slices [2, K] on each of two memories, duplicates included, under a plan with ``before`` [K] slices on the first."""
     if state.residency is not None:
         return state.residency.counts.T
@@ -296,7 +294,7 @@ def _moving(state: PolicyState, tables: KernelMappingTables, present: NDArray[np
     return total if shares is None else total * shares[:, None]
 
 
-def _of_seconds(tables: KernelMappingTables, seconds: Array, room: slice | NDArray[np.intp]) -> KernelMappingTables:
+def tables_of_seconds(tables: KernelMappingTables, seconds: Array, room: slice | NDArray[np.intp]) -> KernelMappingTables:
     """Tables of designs that take ``seconds`` [D, K, N+1] a layer with n slices on the first tier, in the room of the designs ``room``."""
     side = np.stack([seconds, np.where(np.isfinite(seconds), 0.0, np.inf)], axis=2)
     return replace(
@@ -309,181 +307,3 @@ def _of_seconds(tables: KernelMappingTables, seconds: Array, room: slice | NDArr
         capacity=tables.capacity[room],
         page=tables.page[room],
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shortlist:
-    """Of a short list of plans, the one with the least seconds of this iteration + seconds of going there / ``horizon``.
-
-    The optimum changes at few numbers of tokens, so few plans are ever worth having. The list has the optima on a grid made once, before
-    the first iteration: batches 1, 2, 4, ... up to the limit, and ``points`` numbers of tokens for each, evenly spaced up to the most that
-    the trace can bring; the optimum there fits always. Unlike ``Hysteresis`` it may move a part of the way. All data are priced as in this
-    iteration. A horizon of infinity takes the fastest plan of the list. Over two memories; for others it is ``Hysteresis``.
-
-    A prefill is gone after this iteration, so a plan may be taken for it alone: it costs this iteration, the way there, and for the rest of
-    the horizon either its own decode steps, or the way to the plan that is best without the prefill, and those. When the first prompt is
-    seen, the list also gets the optima of a decode step with a prompt of 1, 4, 16, ... tokens, at every sixteenth point.
-
-    The horizon was chosen on drawn traces (the study policy_frontier): batches change within some iterations, so short ones regret least;
-    shorter ones than this are better on most traces and worse than ``Greedy`` on one.
-    """
-
-    horizon: float = 8.0
-    points: int = 256
-    _kept: dict[Hashable, _Listed] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        check_number("Shortlist", "horizon", self.horizon, "iterations")
-        object.__setattr__(self, "points", whole("Shortlist", "points", self.points, "numbers of tokens", least=2))
-
-    def decide(self, state: PolicyState, /) -> KernelMappingPlan:
-        """A plan of the list, the one in force if none is better; the optimum of the iteration where none of the list fits."""
-        window, row, previous = state.window, state.row, state.previous
-        if len(window.tables.tier_names) != 2:
-            return Hysteresis(horizon=self.horizon).decide(state)
-        listed = self.listed(state)
-        every_second, every_byte = window.once((self, listed.prefill), listed.priced)
-        seconds, nbytes = every_second[row], every_byte[row]
-        score, moving, number = seconds, None, None
-        if previous is not None:
-            number = listed.number(previous)
-            if number is None or state.residency is not None:
-                held = listed.bytes_of(_present(state, _on_first(previous)), window.tables, row)
-            else:
-                held = nbytes[:, number]
-            moving = listed.moving(nbytes, held[:, None], state)
-            score = seconds + moving / self.horizon
-        best = int(score.argmin())
-        if number is not None and score[number] <= score[best]:
-            best = number
-        prefill = state.prefill_seconds()
-        if prefill is not None:
-            best = self._with_prefill(listed.beside(prefill) + seconds, seconds, moving, listed.moving(nbytes[:, [best]], nbytes), best)
-        return listed.plans[best] if seconds[best] < math.inf else Myopic().decide(state)
-
-    def _with_prefill(self, now: Array, seconds: Array, moving: Array | None, back: Array, best: int) -> int:
-        """The plan to take where a prefill comes on top: ``now`` [P] s is this iteration with it, ``seconds`` without it, ``moving`` the
-        way to each plan, and ``back`` the way from there to ``best``, which is the one to take without the prefill."""
-        if self.horizon < math.inf:
-            now = min(self.horizon, 1.0) * now
-            now = now if moving is None else now + moving
-            if self.horizon > 1:
-                rest = self.horizon - 1
-                now = now + np.minimum(rest * seconds, back + rest * seconds[best])
-        found = int(now.argmin())
-        return best if now[best] <= now[found] else found
-
-    def listed(self, state: PolicyState) -> _Listed:
-        """The list for what is served: made at the first call, and again when the first prompt is seen; then looked up."""
-        service, workload = state.window.service, state.longest.workload
-        batch, most = 1 if workload is None else workload.batch, _most_tokens(state)
-        key = (id(service), batch, most)
-        found = self._kept.get(key)
-        if found is None or (state.prompts and not found.prefill):
-            sizes = sorted({*(2**i for i in range(batch.bit_length())), batch})
-            tokens = np.unique(np.linspace(1, max(most, 1), self.points).round().astype(np.int64))
-            tables = service.tables(np.repeat(sizes, len(tokens)), np.tile(tokens, len(sizes)))
-            counts = TableMapping().solve_batch(tables)[1]
-            if state.prompts:
-                some = np.flatnonzero(np.arange(len(sizes) * len(tokens)) % len(tokens) % 16 == 0)
-                decode = tables.two_way()[0][some]
-                prompts = [service.prefill_seconds(4**i) for i in range(max(most, 1).bit_length() // 2 + 1)]
-                both = _of_seconds(tables, np.concatenate([decode + prefill for prefill in prompts]), np.tile(some, len(prompts)))
-                counts = np.concatenate([counts, TableMapping().solve_batch(both)[1]])
-            counts = np.unique(counts[counts[:, 0, 0] != NO_PLAN], axis=0)
-            self._kept.clear()
-            found = self._kept[key] = _Listed.of(service, tables, counts, prefill=bool(state.prompts))
-        return found
-
-
-class _Listed(NamedTuple):
-    """P plans over two memories, made ready to be priced with few calls of NumPy.
-
-    ``by_identity`` and ``by_value``: the number of each plan. ``places`` [2, P, K]: where a plan's entries stand in one design of tables;
-    ``firsts`` [P, K]: in [K, N+1] seconds by slices on the first memory. ``prefill``: whether the list has the optima of prefills.
-    ``layers`` [K], ``sync`` [P] s of barriers, ``layer_bytes`` [2, 1, K] of a page a layer, ``room`` [2, 1] B, ``rates`` [2, 1] s/B and
-    ``latencies`` [2, 1] s of the ways up and down. ``service`` is kept so that its id stays its own.
-    """
-
-    service: Service
-    plans: tuple[KernelMappingPlan, ...]
-    by_identity: dict[int, int]
-    by_value: dict[KernelMappingPlan, int]
-    places: NDArray[np.int64]
-    firsts: NDArray[np.int64]
-    prefill: bool
-    layers: Array
-    sync: Array
-    layer_bytes: NDArray[np.int64]
-    room: NDArray[np.int64]
-    rates: Array
-    latencies: Array
-
-    @classmethod
-    def of(cls, service: Service, tables: KernelMappingTables, counts: NDArray[np.int64], *, prefill: bool) -> _Listed:
-        """The list of the plans with ``counts`` [P, K, 2] slices."""
-        plans = tuple(
-            KernelMappingPlan(
-                splits=tuple((Split(layers=kind.layers, counts=tuple(split)),) for kind, split in zip(tables.kinds, rows, strict=True))
-            )
-            for rows in counts.tolist()
-        )
-        layers = np.array([kind.layers for kind in tables.kinds])
-        _, kinds, tiers, ends = tables.seconds.shape
-        first, second = tables.tier_names
-        ways = (Way.between(service.system, second, first), Way.between(service.system, first, second))
-        return cls(
-            service=service,
-            plans=plans,
-            by_identity={id(plan): number for number, plan in enumerate(plans)},
-            by_value={plan: number for number, plan in enumerate(plans)},
-            places=np.stack([(np.arange(kinds) * tiers + t) * ends + counts[:, :, t] for t in range(2)]),
-            firsts=np.arange(kinds) * ends + counts[:, :, 0],
-            prefill=prefill,
-            layers=layers.astype(np.float64),
-            sync=tables.t_sync * ((counts.min(axis=2) > 0) @ layers),
-            layer_bytes=layers * tables.page[0][:, None, None],
-            room=(tables.capacity[0] * tables.page[0])[:, None],
-            rates=np.array([[1 / way.bandwidth] for way in ways]),
-            latencies=np.array([[way.latency] for way in ways]),
-        )
-
-    def number(self, plan: KernelMappingPlan) -> int | None:
-        """The number of a plan; None if it is not listed."""
-        found = self.by_identity.get(id(plan))
-        return self.by_value.get(plan) if found is None else found
-
-    def priced(self, tables: KernelMappingTables) -> tuple[Array, NDArray[np.int64]]:
-        """Seconds [D, P] of all iterations of a window, inf where a plan does not fit; bytes [D, 2, P, K] on each memory."""
-        steps = len(tables.capacity)
-        side = tables.seconds.reshape(steps, -1).take(self.places, axis=1)
-        slowest = np.maximum(side[:, 0], side[:, 1])
-        for lane in range(tables.shared.shape[2]):
-            np.maximum(slowest, tables.shared[:, :, lane].reshape(steps, -1).take(self.places, axis=1).sum(axis=1), out=slowest)
-        seconds: Array = slowest @ self.layers
-        if tables.t_sync:
-            seconds += self.sync
-        nbytes = tables.pages.reshape(steps, -1).take(self.places, axis=1) * self.layer_bytes
-        over = np.add.reduce(nbytes, axis=3) > self.room
-        seconds[over[:, 0] | over[:, 1]] = math.inf
-        return seconds, nbytes
-
-    def beside(self, seconds: Array) -> Array:
-        """Seconds [P] of something that takes ``seconds`` [K, N+1] a layer."""
-        total: Array = seconds.ravel().take(self.firsts) @ self.layers
-        return total
-
-    def moving(self, nbytes: NDArray[np.int64], held: NDArray[np.int64], state: PolicyState | None = None) -> Array:
-        """Seconds [P] to go to plans that hold ``nbytes`` [2, P, K] from ``held`` [2, P, K], either of which may be one plan; before the
-        iteration of ``state``, or some day."""
-        lacking = np.maximum(nbytes - held, 0)
-        shares = None if state is None else _shares(state)
-        growth = np.add.reduce(lacking, axis=2) if shares is None else lacking @ shares
-        seconds = growth * self.rates + self.latencies * (growth > 0)
-        total: Array = seconds[0] + seconds[1] if state is None or state.directions == "one" else np.maximum(seconds[0], seconds[1])
-        return total
-
-    def bytes_of(self, counts: NDArray[np.int64], tables: KernelMappingTables, row: int) -> NDArray[np.int64]:
-        """Bytes [2, K] of ``counts`` [2, K] slices on the two memories."""
-        held: NDArray[np.int64] = tables.pages[row][np.arange(counts.shape[1]), [[0], [1]], counts] * self.layer_bytes[:, 0]
-        return held

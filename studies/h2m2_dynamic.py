@@ -18,7 +18,7 @@ from memsplit.dse import INTERRUPTED, Migration, Replay, beside, finished_rows, 
 from memsplit.models import FIRST_PRINCIPLES, H2M2_CALIBRATED, Profile, System, Trace, h2m2_trace
 from memsplit.models.presets import GPT3_175B, H2M2_SYSTEM, LPDDR_ONLY_SYSTEM
 from memsplit.models.units import ns
-from memsplit.solvers import FlexGenStatic, Greedy, Hysteresis, Myopic, Policy, SingleTier, Static
+from memsplit.solvers import FlexGenStatic, Greedy, GreedyEviction, Hysteresis, Myopic, Policy, SingleTier, Static
 
 BATCH = 32
 
@@ -41,12 +41,14 @@ SETTINGS: dict[str, Setting] = {
     "flexgen": Setting(policy=FlexGenStatic()),
     "static": Setting(policy=Static()),
     "h2m2": Setting(policy=Greedy(), walks=True),
+    "h2m2_eviction": Setting(policy=GreedyEviction(), walks=True),
     "greedy": Setting(policy=Greedy()),
     "myopic": Setting(policy=Myopic()),
     "hysteresis": Setting(policy=Hysteresis()),
     "oracle": Setting(policy=Myopic(), migration="free"),
 }
-"""What is compared. ``h2m2`` is ``greedy`` with page walks, ``oracle`` the optimum of each iteration with migration that takes no time."""
+"""What is compared. ``h2m2`` is ``greedy`` with page walks; ``h2m2_eviction`` runs that algorithm once and then only evicts, another
+reading of the paper; ``oracle`` is the optimum of each iteration with migration that takes no time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,8 +2,9 @@
 
 Policies with their settings varied serve traces that are all there from the start, one iteration decided at a time (``window=1``, nothing
 is worked out for several iterations together). The regret is against the clairvoyant optimum, migration included. On H2M2's trace some also
-move data in both directions at once, or keep duplicates of weights: the rows with a mode. Decision times are those of this machine:
-decide_s (the mean but for the first decision) and columns that end in runtime_s differ from run to run, all others do not.
+move data in both directions at once, or keep duplicates of weights: the rows with a mode. Decision times are those of this machine, what
+an online server would pay, with the tables of the iteration where the policy asks for them: decide_s (the mean but for the first decision)
+and columns that end in runtime_s differ from run to run, all others do not.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from memsplit.models.migration import Duplicates
 from memsplit.models.paging import Directions
 from memsplit.models.presets import CHINCHILLA_70B, GPT3_175B, H2M2_SYSTEM, LLAMA3_1_70B
 from memsplit.models.units import GB
-from memsplit.solvers import FlexGenStatic, Greedy, Hysteresis, LookAhead, Myopic, Policy, Shortlist, Static
+from memsplit.solvers import FlexGenStatic, Greedy, GreedyEviction, Hysteresis, LookAhead, Myopic, Policy, Shortlist, Static
 
 HORIZONS = (0.5, 2.0, 8.0, 32.0, 128.0, math.inf)
 AHEAD = (1, 2, 4, 8, 16, 32)
@@ -69,6 +70,7 @@ def policies(*, quick: bool) -> dict[tuple[str, float | None], Policy]:
         ("flexgen", None): FlexGenStatic(),
         ("static", None): Static(),
         ("greedy", None): Greedy(),
+        ("greedy_eviction", None): GreedyEviction(),
         ("myopic", None): Myopic(),
     }
     found |= {("hysteresis", horizon): Hysteresis(horizon=horizon) for horizon in horizons}

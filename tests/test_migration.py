@@ -19,7 +19,8 @@ from memsplit.models.presets import GPT3_175B, H2M2_CXL_SYSTEM, H2M2_SYSTEM, LLA
 from memsplit.models.serving import PolicyState, Service, ServingState, StepWindow, _plan_exists
 from memsplit.models.trace import fixed_trace, h2m2_trace
 from memsplit.models.units import GB
-from memsplit.solvers.policies import Greedy, Hysteresis, LookAhead, Myopic, Shortlist, Static
+from memsplit.solvers.policies import Greedy, Hysteresis, LookAhead, Myopic, Static
+from memsplit.solvers.shortlist import Shortlist
 
 ROUNDING = 1e-12
 """Relative difference of sums of some hundred terms in another order."""

@@ -10,7 +10,8 @@ from memsplit.dse.replay import against_optimum, courses, replay
 from memsplit.models import LENGTHS, KernelMappingPlan, fixed_trace, h2m2_trace, poisson_trace
 from memsplit.models.presets import GPT3_175B, H2M2_SYSTEM, LLAMA3_1_70B
 from memsplit.solvers import Greedy, Hysteresis, Myopic, Static, Status
-from memsplit.solvers.policies import LookAhead, Shortlist
+from memsplit.solvers.policies import LookAhead
+from memsplit.solvers.shortlist import Shortlist
 from memsplit.studies import online_regret as study
 
 COLUMNS = {"policy", "trace", "system", "seed", "throughput_tok_per_s", "tpot_p50_s", "tpot_p99_s", "migration_GB", "migrations"}
