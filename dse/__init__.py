@@ -8,7 +8,7 @@ from .compare import compare
 from .confidence import draws, error_bars, ranking, resolution, told_apart
 from .explain import Bottleneck, Explanation, Lever, MemoryUse, Worth, explain
 from .explore import Constraint, explore
-from .machine import MachineProfile, check_same_machine, profile_machine, write_profile
+from .machine import MachineProfile, check_same_machine, profile_machine, this_machine, write_profile
 from .mapping_score import MappingScore
 from .mapping_sweep import MappingSweep
 from .measured_sets import MeasuredSet, calibrated_sets, measured_sets
@@ -121,6 +121,7 @@ __all__ = [
     "speedups",
     "study_arguments",
     "sweep",
+    "this_machine",
     "to_json",
     "told_apart",
     "write_csv",

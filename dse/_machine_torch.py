@@ -61,7 +61,7 @@ def cuda_machine(torch: Any) -> Machine:
 
 
 def _driver() -> tuple[str, ...]:
-    found = re.search(r"Kernel Module[^\d]*([\d.]+)", text_of("/proc/driver/nvidia/version"))
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text_of("/proc/driver/nvidia/version"))
     return (f"driver {found[1]}",) if found else ()
 
 

@@ -449,6 +449,11 @@ def _fitted(path: Path, profile: MachineProfile, progress: Callable[[str], objec
     return tuple(records), missing
 
 
+def this_machine(device: str = "cpu") -> Machine:
+    """Names, cores, memory and software of this machine's processor, or of its GPU ("cuda"); ValueError without one or without PyTorch."""
+    return cuda_machine(cuda_torch()) if device == "cuda" else host_machine()
+
+
 def check_same_machine(system: System) -> str | None:
     """A sentence if ``system`` was profiled on another machine than this one; None if not, or if it comes from no profile."""
     if not system.name.startswith(PREFIX):

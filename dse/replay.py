@@ -9,8 +9,8 @@ the studies, and by more where many requests join at once.
 Where duplicates of weights are kept (``Residency``), a memory is sent only what it lacks, and requests that join write their keys and
 values where the plan wants them: part of what that saves is this difference.
 
-With prefill a request takes its prefill and one decode step for each of its output tokens: the first token is that of the first decode step,
-not of the prefill, as in ``generation_time``.
+With prefill a request takes its prefill and one decode step for each of its output tokens: the first token is that of the first decode
+step, not of the prefill, as in ``generation_time``.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class OffloadReplay:
 
     ``rows``: one for each finished iteration: iteration, clock_s (at its end), batch, tokens (whose state it reads), act_tokens and
     both_tokens (held as ACT, and in both forms), recomputed_tokens (ACT, and those of both that are), <tier>_GB, link_s, gpu_s (busy in the
-    decode step), decode_s, prefill_s, host_written_GB (new tokens' share of the state on the host, as T(A) has it; where the GPU is full from
-    the start, all of a new token goes to the host, which is more), iteration_s, decide_runtime_s.
+    decode step), decode_s, prefill_s, host_written_GB (new tokens' share of the state on the host, as T(A) has it; where the GPU is full
+    from the start, all of a new token goes to the host, which is more), iteration_s, decide_runtime_s.
     ``requests``: as of ``Replay``. ``summary``: as ``summarised``, where nothing migrates, and host_written_GB, decode_s and prefill_s.
     ``stopped``: why it ended before every request had finished; empty if all did. ``interrupted``: it was Ctrl-C. ``joined`` [N]: the
     iteration in which each request began, -1 if it never did. ``both``: whether tokens were kept in both forms.

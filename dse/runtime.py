@@ -175,6 +175,8 @@ class Runtime:
             self._link = None
             self._weights.near, self._weights.far, self._weights.buffers = [], [], []
             self._decoder.outside = {}
+            if self._on_cuda:  # else PyTorch keeps what was freed, and the next LLM is refused
+                torch_or_way_out().cuda.empty_cache()
 
     def random_prompts(self, batch: int, tokens: int, *, seed: int = 0) -> NDArray[np.int64]:
         """Prompts [batch, tokens] of random tokens."""

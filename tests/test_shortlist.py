@@ -66,7 +66,8 @@ def test_moves_are_priced_as_transitions(data):
 @pytest.mark.parametrize("llm", [GPT3_175B, LLAMA3_1_70B, DEEPSEEK_V3])
 @pytest.mark.parametrize("horizon", [8.0, math.inf])
 def test_it_decides_as_with_tables(llm, profile, horizon):
-    """Random states of published LLMs: the plan that the tables of the iteration say is best, or one that is as good to 2e-12 (1e-12 for ties, and rounding)."""
+    """Random states of published LLMs: the plan that the iteration's tables say is best, or one as good to 2e-12 (1e-12 for ties, and
+    rounding)."""
     system = H2M2_SYSTEM if llm is not DEEPSEEK_V3 else H2M2_SYSTEM.with_tier("LPDDR", capacity=1 * TB)
     service, generator = Service(system=system, llm=llm, profile=profile), np.random.default_rng(7)
     most = min(service.most_tokens(), 32 * 2048)
