@@ -105,8 +105,8 @@ def draws(record: Calibration, model: KernelModel, number: int, *, seed: int = 0
     """``number`` values of each parameter from its interval, and as ``"error"`` so many factors of measured / predicted.
 
     Parameters are log-normal (normal if their interval begins at 0) with 90 % between the ends of the interval, and kept in the model's
-    range; each is drawn alone, so that combinations are wider than the data allow. Factors are log-normal through the record's quantiles of
-    5 and 95 %; 1 without held-out rows.
+    range; each is drawn alone, so that combinations are wider than the data allow. Factors are log-normal on either side of the record's
+    median, through its quantiles of 5 and 95 %; 1 without held-out rows.
     """
     record.check(model)
     random = np.random.default_rng(seed)
@@ -119,9 +119,9 @@ def draws(record: Calibration, model: KernelModel, number: int, *, seed: int = 0
         else:
             drawn = value + normal * (high - low) / (2 * CONFIDENCE)
         found[parameter.name] = np.clip(drawn, parameter.low, parameter.high)
-    wide = math.log(record.ratios[-1]) - math.log(record.ratios[0])
-    middle = (math.log(record.ratios[-1]) + math.log(record.ratios[0])) / 2
-    found["error"] = np.exp(middle + random.standard_normal(number) * wide / (2 * CONFIDENCE))
+    low, middle, high = (math.log(record.ratios[place]) for place in (0, len(record.ratios) // 2, -1))
+    normal = random.standard_normal(number)
+    found["error"] = np.exp(middle + normal * np.where(normal < 0, middle - low, high - middle) / CONFIDENCE)
     return found
 
 

@@ -32,7 +32,7 @@ from memsplit.models import (
     device_named,
     offload_profile,
 )
-from memsplit.models.calibrated_profiles import LINK_DEVICE
+from memsplit.models.calibrated_profiles import LINK_DEVICE, PRODUCT
 from memsplit.models.presets import A100_SYSTEM, LLMS, OPT_6_7B, OPT_13B
 from memsplit.solvers import ClosedFormSplit
 
@@ -154,8 +154,11 @@ def split_choices(number: int, seed: int) -> Iterator[dict[str, Any]]:
         "memory": KernelTime.calibrated("decode_attention", "A100-SXM-80GB"),
         "to_device": KernelTime.calibrated("host_link", LINK_DEVICE),
     }
-    parameters = {"compute": "matrix", "memory": "memory", "to_device": "share"}
     found = {field: draws(_record(time), time.model, number, seed=seed + place) for place, (field, time) in enumerate(shares.items())}
+    rates = {field: found[field][name] for field, name in (("memory", "memory"), ("to_device", "share"))}
+    product = check_shapes(shares["compute"].model, dict(zip(("m", "n", "k"), PRODUCT, strict=True)))
+    _, least = shares["compute"].model.work(shares["compute"].device, product)
+    rates["compute"] = least[0] / _priced(shares["compute"].model, shares["compute"].device, product, found["compute"])
     for llm, batch, context in itertools.product((OPT_6_7B, OPT_13B), (8, 64), (512, 2048)):
         workload = Workload(llm=llm, batch=batch, context=context, weight_bits=16, kv_bits=16, activation_bits=16)
 
@@ -167,12 +170,7 @@ def split_choices(number: int, seed: int) -> Iterator[dict[str, Any]]:
             continue
         for error in (False, True):
             problems = [
-                problem(
-                    {
-                        field: min(float(found[field][parameters[field]][d] / (found[field]["error"][d] if error else 1.0)), 1.0)
-                        for field in shares
-                    }
-                )
+                problem({field: min(float(rates[field][d] / (found[field]["error"][d] if error else 1.0)), 1.0) for field in shares})
                 for d in range(number)
             ]
             plans = list(dict.fromkeys([chosen.plan, *(ClosedFormSplit().solve(one).unwrap() for one in problems)]))
