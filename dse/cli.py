@@ -41,7 +41,7 @@ from .machine import profile_arguments, profile_command
 from .measured_sets import calibrated_sets, measured_sets
 from .measurements import Measurements, calibrate, expected_errors, parameter_table, read_measurements, write_records
 from .rerun import explain_row, rerun
-from .study import served, serving_arguments, show
+from .study import LARGEST_SEED, served, serving_arguments, show
 from .table import check_writable, write_csv
 
 PROFILES = {profile.name: profile for profile in (FIRST_PRINCIPLES, LLAMA2_RHO3, H2M2_CALIBRATED)}
@@ -161,8 +161,9 @@ def _check_table_or_machine(arguments: Sequence[str]) -> None:
 def _study(arguments: list[str]) -> int:
     names = {path.stem: path for path in sorted(STUDIES.glob("[!_]*.py"))}
     if not arguments or arguments[0] in ("--list", "--help", "-h"):
+        width = max(map(len, names)) + 2
         for name, path in names.items():
-            print(f"{name:24}{path.read_text(encoding='utf-8').strip().splitlines()[0].strip(chr(34))}")
+            print(f"{name:{width}}{path.read_text(encoding='utf-8').strip().splitlines()[0].strip(chr(34))}")
         return 0
     name, *rest = arguments
     if name not in names:
@@ -171,6 +172,12 @@ def _study(arguments: list[str]) -> int:
 
 
 def _calibrate(parsed: argparse.Namespace) -> int:
+    if not 0 <= parsed.seed <= LARGEST_SEED:
+        raise ValueError(f"calibrate: --seed must be at least 0 and at most {LARGEST_SEED}, not {parsed.seed}; choose another")
+    try:
+        date.fromisoformat(parsed.date)
+    except ValueError:
+        raise ValueError(f"calibrate: --date must be a day as in 2026-01-31, not {parsed.date!r}; correct it") from None
     if parsed.measurements.is_dir():
         return _calibrate_folder(parsed)
     if parsed.device is None:
@@ -178,9 +185,11 @@ def _calibrate(parsed: argparse.Namespace) -> int:
     out = parsed.measurements.with_suffix(".toml") if parsed.out is None else parsed.out
     if Path(parsed.device).is_file() and out.exists() and out.samefile(parsed.device):
         raise ValueError(f"the records would be written over the data sheet {parsed.device}; name another --out")
+    if out.suffix in (".csv", ".json", ".parquet") or (out.exists() and parsed.measurements.exists() and out.samefile(parsed.measurements)):
+        raise ValueError(f"records are TOML and are not written to {out}; name another --out, as in {out.with_suffix('.toml').name}")
     check_writable(out)
     device = device_named(parsed.device)
-    found = read_measurements(parsed.measurements, kernel=parsed.kernel, variant=parsed.variant)
+    found = read_measurements(parsed.measurements, kernel=parsed.kernel, variant=parsed.variant, device=device)
     records = calibrate(
         found,
         device,
@@ -215,9 +224,16 @@ def _calibrate_folder(parsed: argparse.Namespace) -> int:
     sets, unknown = measured_sets(parsed.measurements)
     for sentence in unknown:
         print(f"left out: {sentence}", file=sys.stderr)
-    parsed.out.mkdir(parents=True, exist_ok=True)
+    if not sets:
+        raise ValueError(f"nothing in {parsed.measurements} can be fitted; name a folder of public measurements, or a CSV and --device")
+    try:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {parsed.out}: {error.strerror or error}; name another folder with --out") from None
+    check_writable(parsed.out / "records.toml")
     made: dict[str, list[tuple[Measurements, Calibration]]] = {}
-    for each, record in calibrated_sets(sets, seed=parsed.seed, date=parsed.date):
+    told = calibrated_sets(sets, seed=parsed.seed, date=parsed.date, progress=lambda text: print(f"fitting {text}", file=sys.stderr))
+    for each, record in told:
         made.setdefault(record.device, []).append((each.measurements, record))
         unseen = "-" if record.unseen is None else f"{record.unseen.mape_pct:.1f} %"
         print(

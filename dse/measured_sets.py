@@ -51,7 +51,7 @@ class _Reader:
 def measured_sets(folder: str | Path) -> tuple[tuple[MeasuredSet, ...], tuple[str, ...]]:
     """The sets in the CSVs of ``folder``, in order of file names; and a sentence for each file or device that is not known.
 
-    ValueError if there is no CSV.
+    ValueError if there is no CSV, or a file of a known name has not what such files have.
     """
     folder = Path(folder)
     files = sorted(folder.glob("*.csv"))
@@ -64,15 +64,18 @@ def measured_sets(folder: str | Path) -> tuple[tuple[MeasuredSet, ...], tuple[st
             unknown.append(f"{path.name}: no reader knows files of that name")
             continue
         one, match = reader
-        frame = read_table(path)
-        for name, kernel, variant, rows in one.parts(frame, match):
+        try:
+            frame = read_table(path)
+        except ValueError as error:
+            raise ValueError(f"{str(error).partition('; name a table')[0]}; mend the file, or leave it out") from None
+        for name, kernel, variant, rows in _parts(path, one, frame, match):
             try:
                 device = device_named(name)
             except ValueError:
                 unknown.append(f"{path.name}: there is no device {name!r}; add it to a data sheet")
                 continue
             if len(rows):
-                found.append(_set_of(path.name, one.source, device, kernel, variant, rows))
+                found.append(_set_of(path, one.source, device, kernel, variant, rows))
     return tuple(found), tuple(unknown)
 
 
@@ -88,7 +91,9 @@ def calibrated_sets(
             continue
         known.add(key)
         source = f"{each.file} of {each.source}"
-        (record,) = calibrate((each.measurements,), each.device, seed=seed, source=source, date=date, progress=progress)
+        tell = None if progress is None else _beginning_with(f"{each.device.name} {each.file}", progress)
+        # All rows, also of large sets: shipped records are those of all.
+        (record,) = calibrate((each.measurements,), each.device, seed=seed, source=source, date=date, progress=tell, most_rows=None)
         if each.dropped:
             left_out = (
                 f"{each.dropped} rows were left out: marked as wrong, of another collector, or of a kind that the model does not have"
@@ -97,21 +102,47 @@ def calibrated_sets(
         yield each, record
 
 
-def _set_of(file: str, source: str, device: Device, kernel: str, variant: str, rows: pd.DataFrame) -> MeasuredSet:
+def _beginning_with(lead: str, progress: Callable[[str], object]) -> Callable[[str], object]:
+    return lambda text: progress(f"{lead} {text}")
+
+
+def _parts(path: Path, reader: _Reader, frame: pd.DataFrame, match: re.Match[str]) -> Iterator[Part]:
+    """What ``reader`` makes of a file; ValueError if this is no file of that kind, whatever its name."""
+    otherwise = "rename the file, or leave it out"
+    try:
+        yield from reader.parts(frame, match)
+    except KeyError as error:
+        raise ValueError(f"{path} has no column {error.args[0]!r}, which files of that name have; {otherwise}") from None
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise ValueError(f"{path} does not hold what files of that name do ({reason}); {otherwise}") from None
+
+
+def _set_of(path: Path, source: str, device: Device, kernel: str, variant: str, rows: pd.DataFrame) -> MeasuredSet:
     model = kernel_model(kernel, variant)
     sound = rows["sound"].to_numpy(dtype=np.bool_) if "sound" in rows else np.ones(len(rows), dtype=np.bool_)
     kept = rows[sound]
-    columns: dict[str, Any] = {
-        name: kept[name].astype(str).to_numpy() if name in model.texts else kept[name].to_numpy(dtype=np.float64) for name in model.columns
-    }
+    missing = [name for name in (*model.columns, "measured_s") if name not in kept]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}, which files of that name have; rename the file, or leave it out")
+    try:
+        columns: dict[str, Any] = {
+            name: kept[name].astype(str).to_numpy() if name in model.texts else kept[name].to_numpy(dtype=np.float64)
+            for name in model.columns
+        }
+        shapes, seconds = check_shapes(model, columns), kept["measured_s"].to_numpy(dtype=np.float64)
+        if not (np.isfinite(seconds) & (seconds > 0)).all():
+            raise ValueError("measured_s must be above 0 and finite")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; correct that, or leave the file out") from None
     return MeasuredSet(
-        file=file,
+        file=path.name,
         source=source,
         device=device,
         measurements=Measurements(
             model=model,
-            shapes=check_shapes(model, columns),
-            seconds=kept["measured_s"].to_numpy(dtype=np.float64),
+            shapes=shapes,
+            seconds=seconds,
             line=kept.index.to_numpy(dtype=np.int64) + 2,
         ),
         dropped=int((~sound).sum()),

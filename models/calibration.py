@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .checks import check_name, check_number, shown, whole
-from .device import Device
+from .device import Device, devices
 from .roofline import Array
 
 Shapes = Mapping[str, NDArray[Any]]
@@ -195,15 +195,33 @@ class Calibration:
         """Values of the parameters by name."""
         return {name: estimate.value for name, estimate in self.estimates.items()}
 
+    def values_on(self, model: KernelModel, device: Device) -> dict[str, float]:
+        """Values of the parameters on ``device``, which may be another one of the family.
+
+        What is about architecture carries over. What is about the power that a card may draw (``of_power`` of a model, as ``throttle`` of
+        a GEMM) does not on a device with more watts for each FLOP/s than the measured one (beyond ``SAME_POWER``), or where a data sheet
+        does not say: its neutral value, the low end of its range, stands in, and predictions of long products are then optimistic. On a
+        device with fewer watts for each FLOP/s the measured value is kept: how much more that one slows down, nothing here says.
+        """
+        values = self.values
+        if device.name != self.device:
+            given, measured = _watts_per_flop(device), _watts_per_flop(devices().get(self.device))
+            if given is None or measured is None or given > SAME_POWER * measured:
+                neutral = {one.name: one.low for one in model.parameters if one.name in getattr(model, "of_power", ())}
+                values |= neutral
+        return values
+
     def predict(self, model: KernelModel, device: Device, shapes: Shapes) -> Interval:
         """Seconds with an interval in which nine of ten measurements are expected; ValueError if the record is of another model.
+
+        On another device than the measured one with ``values_on`` that.
 
         On the device that was fitted the interval is that of the held-out rows. On another one of the family it is ``TRANSFER`` times as
         wide, on a logarithmic scale. From the data sheet's bound to infinity where nothing is known: a record without held-out rows, and
         another device for a model whose records do not carry over (``transfers``). No end is below the bound.
         """
         self.check(model)
-        seconds, bound = model.seconds(device, shapes, self.values), model.bound(device, shapes)
+        seconds, bound = model.seconds(device, shapes, self.values_on(model, device)), model.bound(device, shapes)
         own = device.name == self.device and not getattr(model, "any_device", False)
         if self.unseen is None or not (own or getattr(model, "transfers", True)):
             return Interval(seconds=seconds, low=bound, high=np.full_like(seconds, np.inf))
@@ -222,6 +240,17 @@ class Calibration:
             raise ValueError(f"the record of {self.kernel} on {self.device} and the model differ in the parameter {odd!r}; fit it again")
 
 
+SAME_POWER = 1.1
+"""Ratio of watts for each FLOP/s up to which a device slows down in long products as another one of its family: an assumption."""
+
+
+def _watts_per_flop(device: Device | None) -> float | None:
+    """Power for each FLOP/s of 16-bit products; None where the data sheet does not say."""
+    if device is None or device.power is None or "bf16" not in device.peaks:
+        return None
+    return device.power / device.peaks["bf16"]
+
+
 TRANSFER = 2.0
 """How much wider an interval is on a device of the family that was not measured: an assumption. ``memsplit study fidelity --data`` says how
 many rows were inside: with it more than nine of ten for kernels of H100 and H200, fewer for products of Ampere with GDDR memory."""
@@ -235,7 +264,8 @@ def columns_of(model: KernelModel) -> tuple[str, ...]:
 def check_shapes(model: KernelModel, shapes: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
     """``shapes`` as columns of one length that ``model`` can read, others left out.
 
-    ValueError names a column that is missing, no number, below 0, or below 1 where the model counts with at least one (``counts``).
+    ValueError names a column that is missing, no number, below 0, or below 1 where the model counts with at least one (``counts``), and
+    heads that no LLM has. A model may check more, or replace what it reads (``checked``).
     """
     found: dict[str, NDArray[Any]] = {}
     for name in columns_of(model):
@@ -257,7 +287,21 @@ def check_shapes(model: KernelModel, shapes: Mapping[str, ArrayLike]) -> dict[st
     wrong_length = [name for name, column in found.items() if len(column) not in (1, rows)]
     if wrong_length:
         raise ValueError(f"{model.name}: column {wrong_length[0]!r} must have 1 or {rows} rows, not {len(found[wrong_length[0]])}")
-    return {name: np.broadcast_to(column, rows) for name, column in found.items()}
+    found = {name: np.broadcast_to(column, rows) for name, column in found.items()}
+    if {"heads", "kv_heads"} <= set(found):
+        _check_heads(model, found["heads"], found["kv_heads"])
+    checked = getattr(model, "checked", None)
+    return found if checked is None else dict(checked(found))
+
+
+def _check_heads(model: KernelModel, heads: NDArray[Any], kv_heads: NDArray[Any]) -> None:
+    """ValueError unless each key-value head serves one and the same whole number of query heads."""
+    sound = (heads >= 1) & (kv_heads >= 1) & (np.fmod(heads, np.maximum(kv_heads, 1.0)) == 0)
+    if not sound.all():
+        row = int(np.flatnonzero(~sound)[0])
+        raise ValueError(
+            f"{model.name}: heads must be a multiple of kv_heads, both at least 1, not {heads[row]:g} and {kv_heads[row]:g}; correct them"
+        )
 
 
 def groups_of(shapes: Shapes, names: Sequence[str]) -> NDArray[np.int64]:

@@ -31,6 +31,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .calibration import QUANTILES, Calibration, Error, Estimate, KernelModel
+from .checks import shown
 from .device import Device
 
 RECORDS = Path(__file__).parent / "data" / "calibrations"
@@ -78,13 +79,19 @@ class _File(_Entry):
     record: list[_Record]
 
 
-def read_records(path: str | Path) -> tuple[Calibration, ...]:
-    """The records of a file; ValueError in one sentence: file, record, rule, way out."""
+def read_records(path: str | Path, *, models: Iterable[KernelModel] = ()) -> tuple[Calibration, ...]:
+    """The records of a file; ValueError in one sentence: file, record, rule, way out.
+
+    Each must be of a kernel of memsplit, or of one of your own ``models``: with its parameters, in their ranges and units, and no kernel
+    and variant twice.
+    """
     path = Path(path)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         found = _File.model_validate(data)
-        return tuple(_calibration(found, record) for record in found.record)
+        records = tuple(_calibration(found, record) for record in found.record)
+        _check_file(found, tuple(models))
+        return records
     except OSError as error:
         raise ValueError(f"cannot read the records in {path}: {error.strerror}; name a TOML file of calibration records") from None
     except ValidationError as error:
@@ -126,6 +133,43 @@ def _table(error: Error) -> str:
     return "{ " + ", ".join(f"{name} = {value!r}" for name, value in error._asdict().items()) + " }"
 
 
+def _check_file(found: _File, models: tuple[KernelModel, ...]) -> None:
+    """ValueError for a record that does not fit its kernel model, and for two of one model."""
+    known = set[tuple[str, str]]()
+    for record in found.record:
+        model = _model_of(record, models)
+        what = f"the record of {record.kernel} {record.variant}".rstrip()
+        if (record.kernel, record.variant) in known:
+            raise ValueError(f"{what} is there twice; leave one of them out")
+        known.add((record.kernel, record.variant))
+        parameters = {one.name: one for one in model.parameters}
+        odd = sorted(parameters.keys() ^ record.parameters.keys())
+        if odd:
+            rule = "lacks the parameter" if odd[0] in parameters else "has an unknown parameter"
+            raise ValueError(f"{what} {rule} {odd[0]!r}; it needs {', '.join(parameters)}: calibrate again")
+        for name, one in record.parameters.items():
+            parameter = parameters[name]
+            # A value on a bound of a logarithmic scale may be off in its last digits.
+            low, high = parameter.low * (1 - 1e-9), parameter.high * (1 + 1e-9)
+            if not low <= one.low <= one.value * (1 + 1e-9) or not one.value * (1 - 1e-9) <= one.high <= high:
+                raise ValueError(
+                    f"{what}: {name} must have low <= value <= high, from {parameter.low:g} to {parameter.high:g} {parameter.unit}".rstrip()
+                    + f", not {one.low:g}, {one.value:g} and {one.high:g}; calibrate again"
+                )
+            if one.unit and one.unit != parameter.unit:
+                raise ValueError(f"{what}: {name} must be in {parameter.unit or 'no unit'}, not in {shown(one.unit)}; calibrate again")
+
+
+def _model_of(record: _Record, models: tuple[KernelModel, ...]) -> KernelModel:
+    """The kernel model that a record is of; ValueError if there is none."""
+    from .kernel_models import kernel_model  # that module needs this one
+
+    for model in models:
+        if (model.name, model.variant) == (record.kernel, record.variant):
+            return model
+    return kernel_model(record.kernel, record.variant)
+
+
 def _calibration(found: _File, record: _Record) -> Calibration:
     known: dict[str, Any] = {name: getattr(record, name) for name in ("kernel", "variant", "source", "date", "version", "flagged", "folds")}
     return Calibration(
@@ -147,15 +191,27 @@ def shipped_records() -> tuple[Calibration, ...]:
 
 
 def record_for(model: KernelModel, device: Device, records: Iterable[Calibration] | None = None) -> Calibration | None:
-    """The record of ``device`` among ``records`` (None: those shipped), or else of its family, of several that with the most rows; or None.
+    """The first record of ``device`` among ``records`` (None: those shipped), else of its family's the one with the most rows; or None.
 
-    A model may say that records of another one hold for it, too (``fitted_as``), or those of any device (``any_device``).
+    So ``(*mine, *shipped_records())`` takes one's own where there is one. A model may say that records of another one hold for it, too
+    (``fitted_as``), or those of any device (``any_device``). ValueError for ``records`` that are none.
     """
-    known = tuple(shipped_records() if records is None else records)
-    for kernel in (model.name, getattr(model, "fitted_as", model.name)):
-        alike = [one for one in known if (one.kernel, one.variant) == (kernel, model.variant)]
-        own = [one for one in alike if one.device == device.name]
-        family = [one for one in alike if one.family == device.family or getattr(model, "any_device", False)]
-        if own or family:
-            return max(own or family, key=lambda one: one.fitted.rows)
-    return None
+    known = shipped_records() if records is None else checked_records(records)
+    kernels = dict.fromkeys((model.name, getattr(model, "fitted_as", model.name)))
+    alike = [one for kernel in kernels for one in known if (one.kernel, one.variant) == (kernel, model.variant)]
+    own = next((one for one in alike if one.device == device.name), None)
+    if own is not None:
+        return own
+    family = [one for one in alike if one.family == device.family or getattr(model, "any_device", False)]
+    nearest = [one for one in family if one.kernel == family[0].kernel]
+    return max(nearest, key=lambda one: one.fitted.rows, default=None)
+
+
+def checked_records(records: Iterable[Calibration]) -> tuple[Calibration, ...]:
+    """``records`` as a tuple; ValueError unless each is a Calibration."""
+    given: Any = records  # a caller may well pass a path, or one record
+    listed = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (None,)
+    wrong = [one for one in listed if not isinstance(one, Calibration)]
+    if wrong:
+        raise ValueError(f"records must be a tuple of Calibrations, as read_records(path) gives them, not {shown(given)}; read them first")
+    return listed

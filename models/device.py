@@ -9,8 +9,9 @@ memory = "HBM2e"
 capacity = "80 GB"
 bandwidth = "2039 GB/s"
 peaks = { bf16 = "312 TFLOP/s" }   # dense; bf16 stands for fp16, too
-multiprocessors = 108              # optional, as is all below
+multiprocessors = 108              # optional, as is all below; kernel models of GPUs need it
 l2 = "40 MB"
+power = "400 W"                    # without it, how long products slow down is not taken over from another device
 link = "PCIe 4.0 x16"
 """
 
@@ -29,6 +30,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from .checks import check_name, check_number, shown, whole
 from .datasheet import Bytes, BytesPerSecond, FlopPerSecond, Watts
 from .hardware import ComputeUnit, MemoryTier, System
+
+EXAMPLE = (
+    '[[device]] name = "my GPU" family = "Ampere" memory = "HBM2e" capacity = "80 GB" bandwidth = "2039 GB/s" '
+    'peaks = { bf16 = "312 TFLOP/s" } multiprocessors = 108 l2 = "40 MB", each on a line of its own'
+)
+"""What a data sheet of one's own says at least, for messages."""
 
 CATALOGUE = Path(__file__).parent / "data" / "catalogue" / "devices.toml"
 
@@ -65,13 +72,13 @@ class Device:
         check_name("device", self.name)
         what = f"device {self.name!r}"
         check_name(f"{what}: family", self.family)
-        check_number(what, "capacity", self.capacity, "B")
-        check_number(what, "bandwidth", self.bandwidth, "B/s")
+        check_number(what, "capacity", self.capacity, "B", infinite=False)
+        check_number(what, "bandwidth", self.bandwidth, "B/s", infinite=False)
         for precision, peak in self.peaks.items():
-            check_number(what, f"peak of {precision}", peak, "FLOP/s")
+            check_number(what, f"peak of {precision}", peak, "FLOP/s", infinite=False)
         for name, unit in (("vector_peak", "FLOP/s"), ("l2", "B"), ("peer_bandwidth", "B/s"), ("power", "W")):
             if getattr(self, name) is not None:
-                check_number(what, name, getattr(self, name), unit)
+                check_number(what, name, getattr(self, name), unit, infinite=False)
         if self.multiprocessors is not None:
             object.__setattr__(self, "multiprocessors", whole(what, "multiprocessors", self.multiprocessors, "cores"))
         object.__setattr__(self, "peaks", dict(self.peaks))
@@ -142,12 +149,17 @@ def read_devices(path: str | Path) -> tuple[dict[str, Device], dict[str, float]]
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where, *rest = first["loc"]
+        if not rest or "tier" in data or "unit" in data:
+            holds = f"[[{where}]]" if isinstance(data.get(str(where)), list) else str(where)
+            if "tier" in data:
+                holds = "[[tier]], so it is the data sheet of a system"
+            raise ValueError(f"{path} must hold a [[device]], and has {holds}; write {EXAMPLE}") from None
         entries = data.get(str(where))
         entry = entries[rest[0]] if rest and isinstance(entries, list) and isinstance(rest[0], int) else {}
         name = entry.get("name", f"number {int(rest[0]) + 1}") if isinstance(entry, dict) and rest else ""
         key = ".".join(map(str, rest[1:]))
         message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{path}: {where} {name!r}: {key}: {message}; correct it") from None
+        raise ValueError(f"{path}: {where} {name!r}: {key}: {message}; correct it, as in {EXAMPLE}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no TOML file: {error}; mend that place") from None
     devices = {one.name: Device(**one.model_dump()) for one in sheet.device}

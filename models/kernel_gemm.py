@@ -12,9 +12,10 @@ weights [n, k]:
                REDUCTION x ``launch`` + 4 (s + 1) m n bytes / (``cache`` x SMs)
 
 ``matrix``, in the rate, ``memory``, ``launch``, ``step``, ``cache`` and ``throttle`` are the parameters: long products run at a rate lower
-by 1 + throttle. All else is fixed by the architecture and stated with its reason in a constant below. The form is that of tile quantisation
-and split-K in NVIDIA, "Matrix multiplication background user's guide", with the soft overlap that measured times have. Weights that stay in
-the L2 cache between two uses are read from there: a benchmark that repeats over few ``copies`` of weights has that.
+by 1 + throttle, which holds for the power of the measured card (``Calibration.values_on``). All else is fixed by the architecture and
+stated with its reason in a constant below. The form is that of tile quantisation and split-K in NVIDIA, "Matrix multiplication background
+user's guide", with the soft overlap that measured times have. Weights that stay in the L2 cache between two uses are read from there: a
+benchmark that repeats over few ``copies`` of weights has that.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ class GemmTime:
     columns: ClassVar[tuple[str, ...]] = ("m", "n", "k")
     texts: ClassVar[tuple[str, ...]] = ()
     group: ClassVar[tuple[str, ...]] = ("n", "k")
+    of_power: ClassVar[tuple[str, ...]] = ("throttle",)
     parameters: ClassVar[tuple[Parameter, ...]] = _TILE_PARAMETERS
 
     def __post_init__(self) -> None:

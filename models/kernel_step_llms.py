@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -83,18 +84,31 @@ def step_llms() -> dict[str, LLMConfig]:
     return {**LLMS, **{llm.name: llm for llm in (MISTRAL_7B, QWEN2_7B, QWEN2_72B)}}
 
 
-def step_llm(name: str) -> LLMConfig:
-    """An LLM by our name or a benchmark's: "llama2-7b", "meta-llama/Llama-2-7b-hf", "LLaMA-3 8B"; ValueError names the ones there are."""
+def step_llm(name: str | Path | LLMConfig) -> LLMConfig:
+    """An LLM by our name or a benchmark's ("llama2-7b", "meta-llama/Llama-2-7b-hf", "LLaMA-3 8B"), or by the path of its config.json.
+
+    An LLMConfig is itself. ValueError names the ones there are.
+    """
+    if isinstance(name, LLMConfig):
+        return name
+    found = _published(str(name))
+    if found is None and "\0" not in str(name) and Path(name).is_file():
+        return LLMConfig.from_hf(name)
+    if found is None:
+        raise ValueError(
+            f"there is no LLM {shown(str(name))}; name one of {', '.join(step_llms())}, or one of its Hugging Face names, the path of a "
+            "config.json, or give an LLMConfig"
+        )
+    return found
+
+
+def _published(name: str) -> LLMConfig | None:
+    """The LLM of that name, ours or a benchmark's; None if there is none."""
     known = step_llms()
-    plain = str(name).rpartition("/")[2].casefold().replace(" ", "-").replace("_", "-")
-    for lead in ("meta-",):
-        plain = plain.removeprefix(lead)
+    plain = name.rpartition("/")[2].casefold().replace(" ", "-").replace("_", "-").removeprefix("meta-")
     for tail in ("-hf", "-instruct", "-chat"):
         plain = plain.removesuffix(tail)
-    found = known.get(plain) or known.get(ALIASES.get(plain, ""))
-    if found is None:
-        raise ValueError(f"there is no LLM {shown(name)}; name one of {', '.join(known)}, or one of its Hugging Face names")
-    return found
+    return known.get(plain) or known.get(ALIASES.get(plain, ""))
 
 
 def weight_bits(dtype: str) -> float:
@@ -146,8 +160,7 @@ class StepSizes:
 
 
 @lru_cache(maxsize=256)
-def _sizes(name: str, dtype: str) -> tuple[float, ...]:
-    llm = step_llm(name)
+def _sizes(llm: LLMConfig, dtype: str) -> tuple[float, ...]:
     bits = weight_bits(dtype)
     step = StepModel.build(llm, weight_bits=bits, kv_bits=16, activation_bits=16, profile=STEP)
     head = llm.hidden_size * llm.vocab_size * bits / 8
@@ -168,10 +181,39 @@ def _sizes(name: str, dtype: str) -> tuple[float, ...]:
     )
 
 
+def step_configs(llms: NDArray[Any]) -> NDArray[Any]:
+    """``llms`` [N] with the LLMConfig in place of the path of a config.json, which is read once; ValueError for what is no LLM.
+
+    Names stay names.
+    """
+    column = np.asarray(llms)
+    texts = (column if column.dtype.kind == "O" else column.astype(str)).reshape(-1).tolist()
+    wrong = [one for one in texts if not isinstance(one, str | Path | LLMConfig)]
+    if wrong:
+        raise ValueError(f"an LLM must be a name, the path of a config.json, or an LLMConfig, not {shown(wrong[0])}; give one of these")
+    known = {one: one if isinstance(one, str) and _published(one) else step_llm(one) for one in dict.fromkeys(texts)}
+    if all(isinstance(one, str) for one in known.values()):
+        return column.astype(str)
+    found = np.empty(len(texts), dtype=object)
+    found[:] = [known[one] for one in texts]
+    return found
+
+
+def _configs(llms: NDArray[Any]) -> tuple[list[LLMConfig], NDArray[np.int64]]:
+    """The different LLMs of rows [N], and the place [N] of each row's among them."""
+    column = np.asarray(llms)
+    if column.dtype.kind == "O":
+        places: dict[Any, int] = {}
+        row = [places.setdefault(one, len(places)) for one in column.reshape(-1).tolist()]
+        return [step_llm(one) for one in places], np.array(row, dtype=np.int64)
+    names, row_of_name = np.unique(column.astype(str), return_inverse=True)
+    return [step_llm(str(name)) for name in names], np.asarray(row_of_name, dtype=np.int64).reshape(-1)
+
+
 def step_sizes(llms: NDArray[Any], dtypes: NDArray[Any]) -> StepSizes:
-    """The sizes of rows [N] by the names of their LLMs and precisions; each pair of names is looked up once."""
-    llm_names, of_llm = np.unique(np.asarray(llms).astype(str), return_inverse=True)
+    """The sizes of rows [N] by their LLMs, names or LLMConfigs, and precisions; each pair is looked up once."""
+    configs, of_llm = _configs(llms)
     dtype_names, of_dtype = np.unique(np.asarray(dtypes).astype(str), return_inverse=True)
     pairs, row = np.unique(of_llm * len(dtype_names) + of_dtype, return_inverse=True)
-    table = np.array([_sizes(str(llm_names[pair // len(dtype_names)]), str(dtype_names[pair % len(dtype_names)])) for pair in pairs])
+    table = np.array([_sizes(configs[pair // len(dtype_names)], str(dtype_names[pair % len(dtype_names)])) for pair in pairs])
     return StepSizes(**dict(zip(StepSizes.__dataclass_fields__, table[row].T.reshape(len(table.T), -1), strict=True)))

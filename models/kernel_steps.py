@@ -31,11 +31,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .calibration import Parameter, Shapes
 from .checks import check_name, check_number, shown
 from .device import Device
-from .kernel_step_llms import StepSizes, peak_name, step_sizes
+from .kernel_step_llms import StepSizes, peak_name, step_configs, step_sizes, weight_bits
 from .kernel_transfers import peer_bandwidth
 from .roofline import Array
 from .units import GB, GiB
@@ -136,6 +137,8 @@ class _StepModel:
 
     ``variant``: the name of one of ``ENGINES``, each of which has its own records; or give an ``engine``.
 
+    The column ``llm`` has names (``step_llms``), paths of a config.json, or LLMConfigs.
+
     ``lm_head``: the step ends with it, as every real one does; False: decoder layers only. ``overhead`` False: kernels and all-reduces
     only, without gaps and host, as tools that add up measured kernels count.
     """
@@ -159,6 +162,12 @@ class _StepModel:
                 raise ValueError(f"the variant {self.variant!r} is not the engine's name, {self.engine.name!r}; give one of them only")
             object.__setattr__(self, "engine", ENGINES[self.variant])
         object.__setattr__(self, "variant", self.engine.name)
+
+    def checked(self, shapes: Shapes) -> dict[str, NDArray[Any]]:
+        """``shapes`` with each config.json read; ValueError for an LLM or a precision that is not known."""
+        for name in np.unique(np.asarray(shapes["dtype"]).astype(str)):
+            weight_bits(str(name))
+        return {**shapes, "llm": step_configs(shapes["llm"])}
 
     def _rates(self, device: Device, shapes: Shapes) -> tuple[Array, Array, Array]:
         """Devices, B/s and FLOP/s [N] of all devices together; a peak that the data sheet does not say counts as infinite."""
@@ -236,7 +245,10 @@ class _StepModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeStepTime(_StepModel):
-    """Seconds of one decode step of ``batch`` requests whose contexts have ``context`` tokens on average, on ``devices`` devices."""
+    """Seconds of one decode step of ``batch`` requests whose contexts have ``context`` tokens on average, on ``devices`` devices.
+
+    Whether weights and state fit on them is not asked: an LLM that does not fit has a time, too (``ServingTime.running``).
+    """
 
     name: ClassVar[str] = "decode_step"
     fitted_as: ClassVar[str] = "serving"
@@ -282,7 +294,10 @@ class PrefillStepTime(_StepModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingTime(_StepModel):
-    """Seconds until all of ``batch`` requests of ``prompt`` tokens, sent at once, have ``generated`` tokens each."""
+    """Seconds until all of ``batch`` requests of ``prompt`` tokens, sent at once, have ``generated`` tokens each.
+
+    Requests whose state does not fit wait for others. Where not even the weights fit, the time is that of one request after the other.
+    """
 
     name: ClassVar[str] = "serving"
     columns: ClassVar[tuple[str, ...]] = ("llm", "batch", "prompt", "generated", "devices", "dtype")

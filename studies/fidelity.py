@@ -5,7 +5,10 @@
 Each file of FOLDER/devtest is predicted by ``datasheet``, the bound without any fit; by ``naive_median``, the bound times one factor,
 ``roofline``, three parameters (shares of bandwidth and peak, a launch), and ``trees``, gradient-boosted trees of all columns, which are
 fitted here on FOLDER/calibration; by ``shipped``, the kernel model with the record that comes with memsplit; and by ``family``, the same
-with the record of another device of the family. Without --data some dozen rows that come with memsplit are scored, by what needs no fit.
+with the record of another device of the family (what is about the power of a card does not carry over, ``Calibration.values_on``).
+
+A set may take minutes: after Ctrl-C, those that were finished are written. Without --data some dozen rows that come with memsplit are
+scored, by what needs no fit.
 """
 
 from __future__ import annotations
@@ -88,7 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"Not scored: {sentence}", file=sys.stderr)
     if arguments.quick:
         parts = parts[:: max(1, len(parts) // 6)]
-    finished, interrupted = finished_rows(rows_of(part, known.get(_key(part)), trees=not arguments.quick) for part in parts)
+    if not parts:
+        raise ValueError(
+            f"nothing in {arguments.data / 'devtest'} can be scored; put files of public measurements there, or leave out --data"
+        )
+
+    def scored_parts() -> Iterator[list[dict[str, Any]]]:
+        for place, part in enumerate(parts, start=1):
+            each = part.measurements
+            name = " ".join(filter(None, (part.device.name, each.model.name, each.model.variant)))
+            print(f"{place} of {len(parts)}: {name}, {len(each)} rows", file=sys.stderr, flush=True)
+            yield rows_of(part, known.get(_key(part)), trees=not arguments.quick)
+
+    finished, interrupted = finished_rows(scored_parts())
     frame = pd.DataFrame([row for rows in finished for row in rows])
     write_csv(arguments.out, frame.assign(version=__version__), provenance={"records": [record.source for record in shipped_records()]})
     print(f"Written: {arguments.out}")
@@ -143,8 +158,8 @@ def rows_of(part: MeasuredSet, fitted: MeasuredSet | None, *, trees: bool = True
     rows = []
     for model, profile, seed, seconds, inside in guesses:
         error: Error = error_of(seconds, each.seconds, bound)
-        row = known | {"model": model, "profile": profile, "seed": seed} | error._asdict()
-        rows.append(row | {"inside_pct": inside, "dropped": part.dropped, "file": part.file})
+        row: dict[str, Any] = known | {"model": model, "profile": profile, "seed": seed}
+        rows.append(row | error._asdict() | {"inside_pct": inside, "dropped": part.dropped, "file": part.file})
     return rows
 
 
@@ -172,6 +187,7 @@ def _learned(part: MeasuredSet, fitted: MeasuredSet, bound: Any, *, trees: bool)
         return
     try:
         from sklearn.ensemble import HistGradientBoostingRegressor
+        from threadpoolctl import threadpool_limits
     except ModuleNotFoundError:
         print("Trees are left out: they need scikit-learn (pip install scikit-learn).", file=sys.stderr)
         return
@@ -181,8 +197,10 @@ def _learned(part: MeasuredSet, fitted: MeasuredSet, bound: Any, *, trees: bool)
         grown = HistGradientBoostingRegressor(
             loss="absolute_error", max_iter=300, early_stopping=False, min_samples_leaf=leaf, max_features=0.7, random_state=seed
         )
-        grown.fit(inputs[0], np.log(other.seconds / learned))
-        yield "trees", "calibrated", seed, bound * np.exp(grown.predict(inputs[1]))
+        with threadpool_limits(limits=1):  # threads that wait for each other on a busy machine took twenty times as long
+            grown.fit(inputs[0], np.log(other.seconds / learned))
+            guess = grown.predict(inputs[1])
+        yield "trees", "calibrated", seed, bound * np.exp(guess)
 
 
 def _features(each: Any, device: Any) -> Any:
@@ -207,7 +225,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     table = frame.assign(variant=frame["variant"].fillna("")).pivot_table(index=keys, columns="model", values="mape_pct", sort=False)
     table = table[order].reset_index()
     where = list(zip(table["file"], table["device"], table["variant"], strict=True))
-    return table.assign(inside_pct=[inside.get(place) for place in where]).drop(columns="file")
+    held: list[Any] = [inside.get(place) for place in where]
+    return table.assign(inside_pct=held).drop(columns="file")
 
 
 def verdicts(frame: pd.DataFrame) -> str:
@@ -241,7 +260,7 @@ def decisions(fitted: Sequence[MeasuredSet], scored: Sequence[MeasuredSet]) -> p
         tokens = shapes["gpu_batch"] * shapes["num_batches"] * np.where(shapes["phase"] == "step", 1, shapes["gen"])
         guesses = {
             "datasheet": each.model.bound(part.device, shapes),
-            "calibrated": each.model.seconds(part.device, shapes, record.values),
+            "calibrated": record.predict(each.model, part.device, shapes).seconds,
         }
         workload = [shapes[name].tolist() for name in ("device", "model", "phase", "prompt", "gen")]
         names = np.array([f"{gpu}, {llm}, {phase}, {prompt:g} + {gen:g}" for gpu, llm, phase, prompt, gen in zip(*workload, strict=True)])

@@ -247,9 +247,9 @@ def meaning(frame: pd.DataFrame) -> str:
             f"{name.capitalize()} prefill shortlist decides in {decided:.3g} us on average, after a first decision that makes its list."
         )
     for name in ("greedy", "shortlist"):
-        part = prefill[prefill["policy"] == name]["regret_upper"]
+        regrets = prefill[prefill["policy"] == name]["regret_upper"]
         how = "does not look at prefill" if name == "greedy" else "does"
-        lines.append(f"With prefill in the iterations {name}, which {how}, regrets {part.min():.3%} to {part.max():.3%}.")
+        lines.append(f"With prefill in the iterations {name}, which {how}, regrets {regrets.min():.3%} to {regrets.max():.3%}.")
     informative = known["informative"].astype(bool)
     lines.append(f"The bound is informative (within 5 % of the best known) in {int(informative.sum())} of {len(known)} rows.")
     stopped = frame[frame["stopped"].fillna("") != ""]

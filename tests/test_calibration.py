@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from memsplit.models.calibrated_profiles import offload_profile, step_profile
 from memsplit.models.calibration import (
     MOST_PARAMETERS,
     Calibration,
@@ -196,7 +197,7 @@ def test_records_are_read_back_as_they_were_written(tmp_path: Any) -> None:
     )
     path = tmp_path / "toy.toml"
     path.write_text(records_text(written, {("stream_toy", "a"): {"start": "s"}}))
-    assert read_records(path) == written
+    assert read_records(path, models=[Stream(variant="a"), Stream(variant="b")]) == written
     assert pickle.loads(pickle.dumps(written)) == written
 
 
@@ -208,13 +209,29 @@ def test_records_are_read_back_as_they_were_written(tmp_path: Any) -> None:
         (("kernel = ", "colonel = "), "Extra inputs are not permitted|Field required"),
         (("[[record]]", "[[record"), "is no TOML file"),
         (("value = 0.8", "value = nan"), "share must be a number at least 0"),
+        (("value = 0.8", "value = 1.8"), "share must have low <= value <= high, from 0.01 to 1, not 0.7, 1.8 and 0.9"),
+        (("value = 0.8", "value = 0.6"), "share must have low <= value <= high"),
+        (("high = 0.9", "high = 1.2"), "share must have low <= value <= high"),
+        (("low = 0.7, high = 0.9", 'low = 0.7, high = 0.9, unit = "s"'), "share must be in no unit, not in 's'; calibrate again"),
+        (("share = {", "chare = {"), "has an unknown parameter 'chare'; it needs share, start: calibrate again"),
+        (("start = { value = 1e-05, low = 0.0, high = 2e-05 }", ""), "lacks the parameter 'start'"),
+        (('variant = ""', 'variant = "z"'), "there is no kernel 'stream_toy'; kernels are gemm"),
+        (('kernel = "stream_toy"\nvariant = ""', 'kernel = "gemm"\nvariant = "fp3"'), "variant must be one of bf16"),
     ],
 )
 def test_damaged_records_are_refused_in_one_sentence(tmp_path: Any, change: tuple[str, str], message: str) -> None:
     path = tmp_path / "toy.toml"
     path.write_text(records_text([record()]).replace(*change))
     with pytest.raises(ValueError, match=message):
-        read_records(path)
+        read_records(path, models=[Stream()])
+
+
+def test_a_record_twice_is_refused(tmp_path: Any) -> None:
+    path = tmp_path / "toy.toml"
+    text = records_text([record()])
+    path.write_text(text + text[text.index("[[record]]") :])
+    with pytest.raises(ValueError, match="the record of stream_toy is there twice; leave one of them out"):
+        read_records(path, models=[Stream()])
 
 
 def test_records_of_two_devices_are_two_files() -> None:
@@ -228,6 +245,71 @@ def test_a_device_without_a_record_gets_that_of_its_family() -> None:
     assert record_for(Stream(), replace(DEVICE, name="cousin"), [mine, sister]) == sister  # of more rows
     assert record_for(Stream(), replace(DEVICE, name="x", family="y"), [mine, sister]) is None
     assert record_for(Stream(variant="z"), DEVICE, [mine, sister]) is None
+
+
+def test_ones_own_records_before_shipped_ones_are_used() -> None:
+    few, many = record(fitted=Error(3, 1.0, 1.0, 1.0, 0.0)), record(fitted=Error(300, 1.0, 1.0, 1.0, 0.0))
+    assert record_for(Stream(), DEVICE, (few, many)) == few
+    assert record_for(Stream(), DEVICE, (many, few)) == many
+    sister = replace(few, device="sister")
+    assert record_for(Stream(), DEVICE, (sister, few)) == few  # its own, wherever it stands
+    shipped = record_for(kernel_model("decode_step"), device_named("A100-SXM-40GB"))
+    assert shipped is not None
+    mine = replace(shipped, fitted=Error(3, 1.0, 1.0, 1.0, 0.0))
+    records = (*(replace(one, device="x") for one in shipped_records()), mine)
+    assert record_for(kernel_model("decode_step"), device_named("A100-SXM-40GB"), records) == mine
+
+
+@pytest.mark.parametrize("records", ["mine.toml", 5, [1], record()])
+def test_what_is_no_tuple_of_records_is_refused(records: Any) -> None:
+    with pytest.raises(ValueError, match="records must be a tuple of Calibrations, as read_records"):
+        record_for(Stream(), DEVICE, records)
+
+
+def test_what_power_decides_does_not_go_to_a_card_of_more_power() -> None:
+    model, l40s, rtx = kernel_model("gemm", "bf16"), device_named("L40S"), device_named("RTX 4090")
+    found = record_for(model, rtx)
+    assert found is not None
+    assert found.device == l40s.name
+    assert found.values_on(model, l40s) == found.values
+    assert found.values_on(model, rtx) == found.values | {"throttle": 0.005}  # the low end
+    shapes = check_shapes(model, {"m": 8192, "n": 8192, "k": 8192})
+    rate = 2 * 8192**3 / found.predict(model, rtx, shapes).seconds[0]
+    assert 0.75 * 165.2e12 < rate < 165.2e12  # most of a peak of which cards are known to reach 150 TFLOP/s and more
+    assert found.values_on(model, replace(rtx, power=None))["throttle"] == 0.005
+    weak = replace(rtx, power=100.0)  # less power for its peak: kept
+    assert found.values_on(model, weak) == found.values
+    hopper = record_for(model, device_named("H100-SXM"))
+    assert hopper is not None
+    assert hopper.values_on(model, device_named("H200-SXM")) == hopper.values  # the same power and peak
+
+
+def test_heads_that_no_llm_has_are_refused() -> None:
+    shapes = {"batch": 1, "seq": 128, "head_dim": 128}
+    for heads, kv_heads in ((8, 16), (32, 5), (32, 0), (0, 1)):
+        with pytest.raises(ValueError, match=f"heads must be a multiple of kv_heads, both at least 1, not {heads} and {kv_heads}; correct"):
+            check_shapes(kernel_model("decode_attention"), shapes | {"heads": heads, "kv_heads": kv_heads})
+    assert len(check_shapes(kernel_model("decode_attention"), shapes | {"heads": [8, 32], "kv_heads": [8, 4]})) == 5
+
+
+def test_profiles_take_records_of_ones_own() -> None:
+    mine = replace(
+        record_for(kernel_model("decode_step"), device_named("A100-SXM-40GB")),  # type: ignore[type-var]
+        source="mine",
+    )
+    shares = dict(mine.estimates)
+    shares["memory"] = Estimate(0.5, 0.45, 0.55)
+    mine = replace(mine, estimates=shares)
+    assert step_profile("A100-SXM-40GB", records=(mine, *shipped_records())).memory == 0.5
+    assert step_profile("A100-SXM-40GB").memory != 0.5
+    assert offload_profile("A100-SXM-80GB", records=shipped_records()) == offload_profile("A100-SXM-80GB")
+    link = replace(record_for(kernel_model("host_link", "h2d_pinned"), device_named("Quadro RTX 6000")))  # type: ignore[type-var]
+    fast = replace(link, estimates={name: Estimate(one.value, one.low, one.high) for name, one in link.estimates.items()}, source="x")
+    assert "x" in offload_profile("A100-SXM-80GB", records=(fast, *shipped_records())).fitted_on
+    with pytest.raises(ValueError, match=r"there is no record of gemm bf16 for .* calibrate one, or add shipped_records"):
+        offload_profile("A100-SXM-80GB", records=(mine,))
+    with pytest.raises(ValueError, match="records must be a tuple of Calibrations"):
+        step_profile("A100-SXM-40GB", records="mine.toml")  # type: ignore[arg-type]
 
 
 def test_a_record_of_another_model_is_refused() -> None:

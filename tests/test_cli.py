@@ -218,3 +218,12 @@ def test_ctrl_c_in_a_search_keeps_and_writes_what_is_finished(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["pareto.csv", "pareto.json", "pareto.png", "pareto_all.csv", "pareto_all.json"]
     )
+
+
+def test_names_and_questions_of_studies_stand_in_columns(capsys):
+    assert main(["study", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines]
+    starts = {line.index(line[len(name) :].strip()) for name, line in zip(names, lines, strict=True)}
+    assert len(starts) == 1
+    assert starts.pop() >= max(map(len, names)) + 2

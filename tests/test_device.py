@@ -1,12 +1,14 @@
 """The catalogue of devices: what ships, what a file of one's own must say."""
 
 import pickle
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from memsplit.models import Workload, device_named, devices, links
-from memsplit.models.device import read_devices
+from memsplit.models.device import EXAMPLE, read_devices
 from memsplit.models.presets import LLAMA3_1_8B
 from memsplit.models.units import GB, TFLOPS
 
@@ -72,6 +74,9 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (MINE.replace('"80 GB"', "80"), "device 'mine': capacity: 80 has no unit"),
         (MINE.replace('"2 TB/s"', '"2 TB"'), "bandwidth: '2 TB' has the unit 'TB'"),
         (MINE + "colour = 3\n", "colour: Extra inputs are not permitted"),
+        (MINE.replace('"2 TB/s"', '"inf TB/s"'), "bandwidth"),
+        ('[[tier]]\nname = "HBM"\n', r"must hold a \[\[device\]\], and has \[\[tier\]\], so it is the data sheet of a system; write"),
+        ('name = "x"\nbandwidth = "4 TB/s"\n', r"must hold a \[\[device\]\], and has name; write \[\[device\]\] name = "),
         (MINE + MINE, "two devices have one name"),
         (MINE + 'peaks = { bf16 = "0 TFLOP/s" }\n', "peak of bf16 must be a number above 0"),
         ("name = [", "is no TOML file"),
@@ -82,6 +87,14 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
 def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_devices(written(tmp_path, text))
+
+
+def test_the_example_in_messages_is_a_data_sheet(tmp_path: Path) -> None:
+    text = re.sub(r" (?=[a-z0-9]+ = (?!\"312))", "\n", EXAMPLE.removesuffix(", each on a line of its own"))
+    device = device_named(written(tmp_path, text))
+    assert (device.family, device.multiprocessors, device.l2, device.peak("bf16")) == ("Ampere", 108, 40e6, 312e12)
+    with pytest.raises(ValueError, match="bandwidth must be a number above 0 and finite"):
+        replace(device, bandwidth=float("inf"))
 
 
 def test_unknown_names_say_what_there_is(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """The study of errors: its columns, its models on rows of a folder, and what it says of goals."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from test_measured_sets import FILES
 
-from memsplit.dse import measured_sets, ranking
+from memsplit.dse import MeasuredSet, measured_sets, ranking
 from memsplit.models import KernelTime
 from memsplit.studies import fidelity
 
@@ -64,6 +65,34 @@ def test_all_models_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     first = (tmp_path / "f.csv").read_bytes()
     assert fidelity.main(["--data", str(tmp_path), "--out", str(tmp_path / "f.csv")]) == 0
     assert (tmp_path / "f.csv").read_bytes() == first
+
+
+def test_a_folder_without_anything_to_score_is_refused(tmp_path: Path) -> None:
+    for fold in ("calibration", "devtest"):
+        (tmp_path / fold).mkdir()
+        (tmp_path / fold / "notes.csv").write_text(FILES["notes.csv"])
+    with pytest.raises(ValueError, match=r"nothing in .*devtest can be scored; put files of public measurements there"):
+        fidelity.main(["--data", str(tmp_path), "--out", str(tmp_path / "f.csv")])
+
+
+def test_sets_that_were_finished_before_ctrl_c_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = fidelity.rows_of, list[str]()
+
+    def stopped(part: MeasuredSet, fitted: MeasuredSet | None, *, trees: bool = True) -> list[dict[str, Any]]:
+        calls.append(part.device.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(part, fitted, trees=trees)
+
+    monkeypatch.setattr(fidelity, "rows_of", stopped)
+    assert fidelity.main(["--out", str(tmp_path / "f.csv")]) == 130
+    assert set(pd.read_csv(tmp_path / "f.csv")["device"]) == {calls[0]}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("1 of ")
+    assert lines[1].startswith("2 of ")
+    assert lines[2] == "interrupted: 1 finished parts are kept"
 
 
 def test_goals_are_met_or_not_and_few_rows_have_none() -> None:

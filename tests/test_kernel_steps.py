@@ -1,5 +1,6 @@
 """Whole steps: sums of their kernels, never below the data sheet, and between it and measured kernels where others published both."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from memsplit.models.calibration import MOST_PARAMETERS, check_shapes, error_of
 from memsplit.models.device import Device, device_named
 from memsplit.models.estimate import StepModel
+from memsplit.models.kernel_models import KernelTime
 from memsplit.models.kernel_step_llms import STEP, step_llm, step_llms, step_sizes, weight_bits
 from memsplit.models.kernel_steps import (
     DEEPSPEED_MII,
@@ -25,6 +27,7 @@ from memsplit.models.kernel_steps import (
     ServingTime,
 )
 from memsplit.models.kernel_transfers import peer_bandwidth
+from memsplit.models.llm import LLMConfig
 from memsplit.solvers.calibration import fit
 
 A100, A100_40, H100 = (device_named(name) for name in ("A100-SXM-80GB", "A100-SXM-40GB", "H100-SXM"))
@@ -252,6 +255,27 @@ def test_llms_are_known_by_the_names_of_benchmarks(name, ours):
 @pytest.mark.parametrize(("name", "parameters"), [("mistral-7b", 7241732096), ("qwen2-7b", 7615616512), ("qwen2-72b", 72706203648)])
 def test_llms_of_benchmarks_have_the_parameters_of_their_checkpoints(name, parameters):
     assert step_llms()[name].parameters == parameters
+
+
+def test_an_llm_may_be_given_as_itself_or_by_its_config(tmp_path):
+    config = tmp_path / "my-llm.json"
+    shape = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
+    config.write_text(json.dumps(shape))
+    llm = LLMConfig.from_hf(config)
+    time = KernelTime.calibrated("decode_step", "A100-SXM-40GB")
+    rest = {"batch": [1, 8, 8], "context": 500, "devices": 1, "dtype": "fp16"}
+    named = time.predict(llm="llama2-7b", **rest)
+    for each in (llm, config, str(config), ["llama2-7b", llm, config], [str(config), "llama2-7b", "llama2-7b"]):
+        assert time.predict(llm=each, **rest).seconds.tolist() == named.seconds.tolist()
+    larger = time.predict(llm=[llm, replace(llm, num_hidden_layers=64), llm], **rest).seconds
+    assert larger[1] > 1.8 * named.seconds[1]
+    assert [larger[0], larger[2]] == [named.seconds[0], named.seconds[2]]
+    config.write_text(json.dumps(shape | {"num_hidden_layers": 64}))  # read anew, no memory of files
+    assert time.predict(llm=str(config), **rest).seconds[1] == larger[1]
+    for wrong in (5.0, None, {"a": 1}, "not/there.json"):
+        with pytest.raises(ValueError, match="LLM"):
+            time.predict(llm=wrong, **rest)
 
 
 def test_unknown_names_say_what_there_is():

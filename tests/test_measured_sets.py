@@ -88,6 +88,48 @@ def test_the_command_refuses_in_one_sentence(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "aic_gemm_a100_sxm.csv",
+            "a,b\n1,2\n",
+            "aic_gemm_a100_sxm.csv has no column 'src', which files of that name have; rename the file",
+        ),
+        ("vidur_gemm_a40.csv", "", r"cannot read .*vidur_gemm_a40.csv: .*; mend the file, or leave it out"),
+        ("vidur_gemm_a40.csv", "m,n\n1,2\n", "vidur_gemm_a40.csv has no column 'k'"),
+        ("vidur_gemm_a40.csv", "m,n,k\n1,2,3\n", "vidur_gemm_a40.csv has no column 'measured_s'"),
+        ("vidur_gemm_a40.csv", "m,n,k,measured_s\n1,2,x,4\n", "could not convert string to float: 'x'; correct that"),
+        ("vidur_gemm_a40.csv", "m,n,k,measured_s\n1,2,3,0\n", "measured_s must be above 0 and finite"),
+        ("aic_gemm_a100_sxm.csv", "m,n,k,dtype,measured_s,src\n1,2,3,bf16,4,5\n", "does not hold what files of that name do"),
+        ("llamacpp_decode.csv", FILES["llamacpp_decode.csv"].replace("LLaMA-3", "LLaMA-9"), "does not hold what files of that name do"),
+    ],
+)
+def test_another_file_of_a_known_name_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        measured_sets(tmp_path)
+
+
+def test_a_folder_of_which_nothing_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.csv").write_text(FILES["notes.csv"])
+    assert main(["calibrate", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert f"nothing in {tmp_path} can be fitted; name a folder of public measurements" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "host_link_bandwidth.csv").write_text(FILES["host_link_bandwidth.csv"])
+    assert main(["calibrate", str(tmp_path), "--out", str(tmp_path / "notes.csv")]) == 2
+    assert "notes.csv: File exists; name another folder with --out" in capsys.readouterr().err
+
+
+def test_sets_are_told_as_they_begin_and_are_fitted_whole(tmp_path: Path) -> None:
+    lines = [f"x,Quadro RTX 6000 (PCIe3 x16),h2d_pinned,{1000 + 100 * size},{size / (size + 50)}" for size in range(1, 6002)]
+    (tmp_path / "host_link_bandwidth.csv").write_text("\n".join(["source,device,direction,bytes,GBps", *lines]) + "\n")
+    told = list[str]()
+    ((_, record),) = calibrated_sets(measured_sets(tmp_path)[0], progress=told.append)
+    assert told == ["Quadro RTX 6000 host_link_bandwidth.csv host_link h2d_pinned: 6001 rows"]
+    assert record.fitted.rows + record.flagged == 6001
+
+
 @pytest.mark.skipif(not DATA, reason="MEMSPLIT_MEASURED does not name a folder with measured times")
 def test_shipped_records_come_of_the_data_to_the_last_digit() -> None:
     """Those that are fitted within seconds; ``memsplit calibrate FOLDER --out ... --date ...`` makes them all."""
