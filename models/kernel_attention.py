@@ -19,8 +19,8 @@ Elements have 2 bytes. Constants that stand here and not in a record (sharpness,
 choice) were settled on the published measurements that records are fitted on, once for all devices of an architecture. Head dimensions
 above 256 have kernels of their own, which are not modelled: leave such rows out of a fit.
 
-FlashAttention-2's dispatch (no split of MHA, copies for grouped heads) was looked for in the fitted rows after a first score on rows that are
-not fitted was poor for A100 and L40S; all other forms were settled before any score.
+FlashAttention-2's dispatch (no split of MHA, copies for grouped heads) was looked for in the fitted rows after a first score on rows that
+are not fitted was poor for A100 and L40S; all other forms were settled before any score.
 """
 
 from __future__ import annotations
