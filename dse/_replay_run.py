@@ -43,6 +43,24 @@ class Stopped(Exception):
     """The policy cannot go on; the text says why."""
 
 
+def rows_until(coming: Iterator[tuple[Any, ...]], finished: Array, most: int | None) -> tuple[list[tuple[Any, ...]], str, bool]:
+    """The rows of a replay, at most ``most``; why it ended before every request had ``finished`` [N] ("" if all did); and whether that was
+    Ctrl-C."""
+    rows: list[tuple[Any, ...]] = []
+    try:
+        for row in coming:
+            rows.append(row)
+            if most is not None and len(rows) == most:
+                break
+    except Stopped as error:
+        return rows, str(error), False
+    except KeyboardInterrupt:
+        return rows, f"interrupted after {len(rows)} iterations", True
+    unfinished = int(np.isnan(finished).sum())
+    why = f"stopped after {len(rows)} iterations, as asked; {unfinished} requests had not finished"
+    return rows, why if unfinished else "", False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Run:
     """A replay under way. ``first_token`` and ``finished`` [N] are filled with times as it goes; ``plans``, ``prompts`` and ``asked``

@@ -42,7 +42,7 @@ from ..models.units import GB
 from ..solvers.clairvoyant import ClairvoyantBound, DynamicProgramClairvoyant, ExactClairvoyant, Regret, regret
 from ..solvers.policies import OwnTimes, Policy
 from ..solvers.result import Solver, SolverResult, Status
-from ._replay_run import Run, Stopped, check_call
+from ._replay_run import Run, check_call, rows_until
 
 Migration = Literal["serial", "overlapped", "free"]
 
@@ -176,21 +176,7 @@ def replay(
         first_token=np.full(len(trace), np.nan),
         finished=np.full(len(trace), np.nan),
     )
-    rows: list[tuple[Any, ...]] = []
-    stopped, interrupted = "", False
-    try:
-        for row in run.rows(trace):
-            rows.append(row)
-            if most is not None and len(rows) == most:
-                break
-    except Stopped as error:
-        stopped = str(error)
-    except KeyboardInterrupt:
-        interrupted = True
-        stopped = f"interrupted after {len(rows)} iterations"
-    unfinished = int(np.isnan(run.finished).sum())
-    if unfinished and not stopped:
-        stopped = f"stopped after {len(rows)} iterations, as asked; {unfinished} requests had not finished"
+    rows, stopped, interrupted = rows_until(run.rows(trace), run.finished, most)
     # Where the iteration after the last finished one was interrupted, its plan is known and its row is not.
     plans, prompts = tuple(run.plans[: len(rows)]), tuple(run.prompts[: len(rows)])
     frame = pd.DataFrame(rows, columns=run.columns())

@@ -30,7 +30,7 @@ from ..solvers.clairvoyant import Regret, regret
 from ..solvers.clairvoyant_offload import LpForms
 from ..solvers.offload_policies import OffloadPolicy
 from ..solvers.result import Solver, SolverResult
-from ._replay_run import Stopped, check_call
+from ._replay_run import Stopped, check_call, rows_until
 from .replay import requests_table, summarised
 
 
@@ -127,21 +127,7 @@ def replay_offload(
         finished=np.full(len(trace), np.nan),
         joined=np.full(len(trace), -1, dtype=np.int64),
     )
-    rows: list[tuple[Any, ...]] = []
-    stopped, interrupted = "", False
-    try:
-        for row in run.rows(trace):
-            rows.append(row)
-            if most is not None and len(rows) == most:
-                break
-    except Stopped as error:
-        stopped = str(error)
-    except KeyboardInterrupt:
-        interrupted = True
-        stopped = f"interrupted after {len(rows)} iterations"
-    unfinished = int(np.isnan(run.finished).sum())
-    if unfinished and not stopped:
-        stopped = f"stopped after {len(rows)} iterations, as asked; {unfinished} requests had not finished"
+    rows, stopped, interrupted = rows_until(run.rows(trace), run.finished, most)
     frame = pd.DataFrame(rows, columns=run.columns())
     requests = requests_table(trace, run.first_token, run.finished)
     known = {"policy": run.name, "trace": trace.name, "system": system.name, "llm": llm.name, "profile": profile.name}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from strategies import dense_llms, systems
 from test_policies import NOBODY, served_by, state_of
@@ -87,7 +87,7 @@ def test_it_fits_wherever_greedy_does(data):
         try:
             Greedy().decide(alone)
         except ValueError:
-            return
+            reject()  # the claim is about states for which Greedy finds a plan; too few of them fail the test
         assert alone.fits(GreedyEviction(returns=returns).decide(replace(alone, previous=previous)))
 
 
