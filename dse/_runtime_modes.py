@@ -30,8 +30,7 @@ class LayerWeights:
     """The weights of all layers: of each the first ``cut`` elements on the host, streamed into one of two buffers, the others resident."""
 
     def __init__(self, source: RandomWeights | FolderWeights, decoder: Decoder) -> None:
-        self.decoder = decoder
-        self.source: RandomWeights | FolderWeights | None = source
+        self.decoder, self.source = decoder, source
         self.cut = 0
         self.near: list[torch.Tensor] = []
         self.far: list[torch.Tensor] = []
@@ -41,18 +40,23 @@ class LayerWeights:
         """Bring the weights to where a plan wants them; a plan that wants what the last one did moves nothing."""
         layout, dtype, device = self.decoder.layout, self.decoder.dtype, self.decoder.device
         if cut != self.cut or not self.near:
-            for layer in range(self.decoder.llm.num_hidden_layers):
-                whole = torch.empty(layout.total, dtype=dtype, device=device)
-                if self.source is not None:
-                    self.source.fill(layer, whole)
-                else:
-                    whole[: self.cut].copy_(self.far[layer])
-                    whole[self.cut :].copy_(self.near[layer])
-                far = transfers.host((cut,), dtype)
-                far.copy_(whole[:cut])
-                near = whole[cut:].clone() if cut else whole
-                self.near[layer : layer + 1], self.far[layer : layer + 1] = [near], [far]
-            self.cut, self.source = cut, None
+            known = bool(self.near)
+            try:
+                for layer in range(self.decoder.llm.num_hidden_layers):
+                    whole = torch.empty(layout.total, dtype=dtype, device=device)
+                    if known:
+                        whole[: self.cut].copy_(self.far[layer])
+                        whole[self.cut :].copy_(self.near[layer])
+                    else:
+                        self.source.fill(layer, whole)
+                    far = transfers.host((cut,), dtype)
+                    far.copy_(whole[:cut])
+                    near = whole[cut:].clone() if cut else whole
+                    self.near[layer : layer + 1], self.far[layer : layer + 1] = [near], [far]
+            except BaseException:  # memory ran out, or Ctrl-C: some layers are cut here, some there
+                self.near, self.far = [], []
+                raise
+            self.cut = cut
         self.buffers = [torch.empty(cut, dtype=dtype, device=device) for _ in range(2)] if cut else []
 
     def bytes(self, cut: int) -> tuple[int, int]:
@@ -229,8 +233,11 @@ def measure_layer(
     """Medians of ``repeats`` runs of each part of a layer, with nothing beside it, over layers and buffers in turn."""
     layers, context, size, first = decoder.llm.num_hidden_layers, buffers.context, buffers.size, decoder.layout.first
     near, far, pools = buffers.near, buffers.far, buffers.pools
-    for one in (*near[0], *near[1], *far, *pools, buffers.far_weights):
+    for one in (*near[0], *near[1], *pools, buffers.near_weights):
         one.uniform_(-1, 1)
+    # Numbers are drawn on the device: a processor would draw gigabytes for a minute.
+    for there, here in zip((*far, buffers.far_weights), (*(one[:context] for one in near[0]), buffers.near_weights), strict=True):
+        there.copy_(here)
     rows = torch.arange(context * size, device=decoder.device)
 
     def median(work: Callable[[int], None]) -> float:

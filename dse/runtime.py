@@ -51,6 +51,9 @@ __all__ = [
 LARGEST_SEED = 2**32 - 1
 """As of the studies, so that their seeds are taken."""
 
+OUT_OF_MEMORY = ("out of memory", "allocate memory")
+"""What PyTorch says when a device, or a host, has no more."""
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -203,23 +206,16 @@ class Runtime:
         from ._runtime_states import Memory
 
         cut = self._cut(plan)
-        with self._threads(torch), torch.inference_mode():
+        with self._running(torch, needed[0], "serve fewer prompts"):
             if self._on_cuda:
                 torch.cuda.reset_peak_memory_stats(self._decoder.device)
             link.restart()
-            try:
-                self._weights.place(cut, link)
-                memory = Memory(self._decoder.dtype, link)
-                execution = Execution(self._decoder, self._weights, link, self._state(plan, memory, run), run)
-                tokens = torch.from_numpy(given[order]).to(self._decoder.device)
-                found = execution.generate(tokens, logits=logits, state=state)
-                prefill, steps = link.elapsed(found.prefill), link.elapsed(found.steps)
-            except (MemoryError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error).lower():
-                    raise ValueError(
-                        f"runtime: memory ran out, beyond the {needed[0] / GB:.3g} GB planned for; serve fewer prompts"
-                    ) from None
-                raise
+            self._weights.place(cut, link)
+            memory = Memory(self._decoder.dtype, link)
+            execution = Execution(self._decoder, self._weights, link, self._state(plan, memory, run), run)
+            tokens = torch.from_numpy(given[order]).to(self._decoder.device)
+            found = execution.generate(tokens, logits=logits, state=state)
+            prefill, steps = link.elapsed(found.prefill), link.elapsed(found.steps)
             back = np.argsort(np.asarray(order))
             peak = torch.cuda.max_memory_allocated(self._decoder.device) if self._on_cuda else needed[0]
             return Generation(
@@ -260,7 +256,7 @@ class Runtime:
         near, far = self._weights.bytes(cut)
         if short := self._short(self._outside_bytes + near + buffers.memory.device_bytes, far + buffers.memory.host_bytes):
             raise ValueError(f"runtime: {short}; measure fewer requests or a shorter context")
-        with self._threads(torch), torch.inference_mode():
+        with self._running(torch, self._outside_bytes + near + buffers.memory.device_bytes, "measure fewer requests or a shorter context"):
             self._weights.place(cut, link)
             buffers = LayerBuffers(Memory(decoder.dtype, link), decoder, size, context)
             return measure_layer(decoder, self._weights, link, buffers, gpu_batches, repeats)
@@ -284,12 +280,17 @@ class Runtime:
         return given.astype(np.int64)
 
     @contextmanager
-    def _threads(self, torch: Any) -> Iterator[None]:
-        """PyTorch's threads are of the process: they are put back."""
+    def _running(self, torch: Any, planned: float, way_out: str) -> Iterator[None]:
+        """With this runtime's threads, which are PyTorch's and the process's, and are put back; memory that runs out is a ValueError."""
         before = torch.get_num_threads()
         torch.set_num_threads(before if self._on_cuda else self.threads)
         try:
-            yield
+            with torch.inference_mode():
+                yield
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error).lower() for text in OUT_OF_MEMORY):
+                raise ValueError(f"runtime: memory ran out, beyond the {planned / GB:.3g} GB planned for; {way_out}") from None
+            raise
         finally:
             torch.set_num_threads(before)
 

@@ -393,6 +393,41 @@ def test_a_closed_runtime_says_so():
         runtime.generate([[1, 2]], 2)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "memory ran out, beyond the .* GB planned for"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "memory ran out, beyond the .* GB planned for"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "illegal memory access"),
+        (KeyboardInterrupt(), None),
+    ],
+)
+def test_a_run_that_ends_early_says_why_and_leaves_the_runtime_as_it_was(monkeypatch, error, said):
+    """In the middle of moving the weights, of which some layers are then here and some there."""
+    from memsplit.dse._runtime_link import EmulatedTransfers
+
+    host, calls = EmulatedTransfers.host, iter(range(100))
+
+    def host_ends(self, shape, dtype):
+        if next(calls) == 1:
+            raise error
+        return host(self, shape, dtype)
+
+    with Runtime(TINY_LLAMA) as runtime:
+        prompts, threads = runtime.random_prompts(4, 8), torch.get_num_threads()
+        full = runtime.generate(prompts, 4)
+        for run in (lambda: runtime.generate(prompts, 4, TransferKV(weights="host")), lambda: runtime.layer_times(4, 8, weights="host")):
+            with monkeypatch.context() as patch:
+                calls = iter(range(100))
+                patch.setattr(EmulatedTransfers, "host", host_ends)
+                with pytest.raises(ValueError if said and said.startswith("memory") else type(error), match=said):
+                    run()
+            assert torch.get_num_threads() == threads
+            assert not torch.is_inference_mode_enabled()
+            for plan in (TransferKV(weights="host"), FullKV()):
+                np.testing.assert_array_equal(runtime.generate(prompts, 4, plan).tokens, full.tokens)
+
+
 # On a GPU
 
 

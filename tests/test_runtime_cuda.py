@@ -1,0 +1,160 @@
+"""The CUDA code on a CUDA device that is not there: its streams are ordered by events where they must be, and the host waits for nothing.
+
+What a real device adds, its speed and its own mistakes, is tested where there is one (test_runtime.py).
+"""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from runtime_llms import TINY_LLAMA, TINY_OPT, alone
+
+from memsplit.dse.runtime import CachePlan, FullKV, Placement, Runtime, SplitKV, TransferKV
+from memsplit.models import CacheRatioPlan, MiniBatchPlan
+
+torch = pytest.importorskip("torch", reason="needs memsplit[runtime]")
+if torch.cuda.is_available():
+    pytest.skip("there is a real CUDA device", allow_module_level=True)
+
+from fake_cuda import FakeCuda  # noqa: E402
+from test_machine_kernels import SMALL  # noqa: E402
+from test_runtime_link import any_plan  # noqa: E402
+
+from memsplit.dse import _machine_torch, profile_machine  # noqa: E402
+from memsplit.dse._runtime_link import CudaTransfers  # noqa: E402
+from memsplit.dse._runtime_states import CacheState, HostState  # noqa: E402
+
+PROMPT, GENERATED, REQUESTS = 17, 4, 6
+MINI = MiniBatchPlan(batches=((3, 0), (1, 5, 2), (4,)))
+BLOCKS = CachePlan(blocks=CacheRatioPlan(kv_gpu=4, act_gpu=3, kv_host=6, act_host=5), mini_batches=MINI)
+PLANS = {
+    "full, weights streamed": FullKV(weights="host", gpu_batches=3),
+    "transfer": TransferKV(),
+    "transfer, weights streamed, two batches": TransferKV(weights="host", gpu_batches=2),
+    "split, staged": SplitKV(split=9),
+    "split, chunked, weights streamed, three batches": SplitKV(split=11, template="chunked", weights="host", gpu_batches=3),
+    "split, fluid, weights streamed": SplitKV(split=11, template="fluid", weights="host", gpu_batches=2),
+    "blocks in mini-batches": BLOCKS,
+    "inputs only, weights resident": CachePlan(blocks=CacheRatioPlan(act_host=18), mini_batches=MINI, weights="gpu"),
+    "half of everything placed": Placement(weights=0.5, cache=0.5, gpu_batches=2),
+    "new tokens leave a device that holds the prompt": Placement(cache=0.9),
+}
+LLMS = {"OPT": TINY_OPT, "Llama, GQA": TINY_LLAMA, "one layer": alone(TINY_OPT)}
+
+
+@pytest.mark.parametrize("llm", LLMS.values(), ids=LLMS)
+def test_no_plan_races_and_all_give_the_same_tokens(llm):
+    with Runtime(llm, seed=1) as runtime:
+        prompts = runtime.random_prompts(REQUESTS, PROMPT)
+        full = runtime.generate(prompts, GENERATED)
+    with FakeCuda() as cuda, Runtime(llm, seed=1, device="cuda") as runtime:
+        for plan in PLANS.values():
+            found = runtime.generate(prompts, GENERATED, plan)
+            np.testing.assert_array_equal(found.tokens, full.tokens)
+            assert all(seconds > 0 for seconds in found.step_seconds)
+    assert not cuda.races
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_plan_of_any_settings_races(seed):
+    chance = random.Random(seed)
+    with FakeCuda() as cuda, Runtime((TINY_OPT, TINY_LLAMA, alone(TINY_LLAMA))[seed], device="cuda") as runtime:
+        for _ in range(12):
+            prompts = runtime.random_prompts(chance.choice([2, 4]), chance.choice([1, 2, 17]))
+            runtime.generate(prompts, 3, any_plan(chance, *prompts.shape))
+    assert not cuda.races
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_host_waits_in_no_decode_step(plan):
+    """Five steps more are no wait more."""
+    counts = []
+    with FakeCuda() as cuda, Runtime(TINY_OPT, device="cuda") as runtime:
+        prompts = runtime.random_prompts(REQUESTS, PROMPT)
+        runtime.generate(prompts, 2, plan)  # places the weights
+        for generated in (2, 7):
+            cuda.syncs.clear()
+            runtime.generate(prompts, generated, plan)
+            counts.append(Counter(cuda.syncs))
+    assert counts[0] == counts[1]
+    assert 0 < counts[0].total() < 50
+
+
+def test_parts_of_a_layer_are_timed_without_a_race():
+    with FakeCuda() as cuda, Runtime(TINY_LLAMA, device="cuda", dtype="float16") as runtime:
+        for weights in ("gpu", "host"):
+            times = runtime.layer_times(4, 20, gpu_batches=2, weights=weights, repeats=3)
+            assert all(getattr(times, name) > 0 for name in ("kv", "act", "recompute", "compute", "weights", "outside"))
+    assert not cuda.races
+
+
+def test_a_gpu_is_profiled_without_a_race(monkeypatch):
+    monkeypatch.setattr(_machine_torch, "QUICK", SMALL)
+    with FakeCuda(memory=2**24) as cuda:
+        found = profile_machine(device="cuda", quick=True, progress=False)
+    assert {rate.cell.kind for rate in found.rates} >= {"read", "copy", "gemm", "decode_attention", "launch", "host_link"}
+    assert found.machine.gpu == "Fake GPU"
+    assert not cuda.races
+
+
+# Controls: the device that is not there notices what is missing
+
+
+def test_a_transfer_that_nobody_waits_for_is_a_race(monkeypatch):
+    monkeypatch.setattr(CudaTransfers, "wait", lambda self, ticket: None)
+    assert_races(TransferKV())
+
+
+def test_a_transfer_that_waits_for_nothing_is_a_race(monkeypatch):
+    send = CudaTransfers.send
+    monkeypatch.setattr(CudaTransfers, "send", lambda self, direction, pairs, after=(): send(self, direction, pairs))
+    assert_races(SplitKV(split=9))
+
+
+def test_a_slot_used_again_too_early_is_a_race(monkeypatch):
+    for state in (HostState, CacheState):
+        monkeypatch.setattr(state, "prompt", without_stores(state.prompt))
+    assert_races(TransferKV())
+    assert_races(BLOCKS)
+
+
+def without_stores(prompt):
+    """``prompt`` that does not wait for what is being stored from the slot."""
+
+    def early(self, unit, turn):
+        self.slots[turn % 2].stored = None
+        return prompt(self, unit, turn)
+
+    return early
+
+
+def test_memory_that_the_allocator_may_give_away_is_a_race(monkeypatch):
+    with FakeCuda() as cuda, Runtime(TINY_OPT, device="cuda") as runtime:
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+        runtime.generate(runtime.random_prompts(REQUESTS, PROMPT), GENERATED, TransferKV())
+        monkeypatch.undo()
+    assert any("freed while" in race for race in cuda.races)
+
+
+def assert_races(plan):
+    with FakeCuda() as cuda, Runtime(TINY_OPT, device="cuda") as runtime:
+        runtime.generate(runtime.random_prompts(REQUESTS, PROMPT), GENERATED, plan)
+    assert cuda.races
+
+
+def test_pageable_memory_and_scalars_make_the_host_wait():
+    with FakeCuda() as cuda:
+        near = torch.ones(4, device="cuda")
+        pinned, pageable = torch.ones(4, pin_memory=True), torch.ones(4)
+        near.copy_(pinned, non_blocking=True)
+        assert not cuda.syncs
+        near.copy_(pageable, non_blocking=True)
+        near.copy_(pinned)
+        assert near.sum().item() == 4
+        assert cuda.syncs == ["a copy of pageable memory", "a copy that waits", "_local_scalar_dense"]
+
+
+def test_tensors_of_host_and_device_do_not_mix():
+    with FakeCuda(), pytest.raises(AssertionError, match="host and device"):
+        torch.ones(4, device="cuda") + torch.ones(4)
