@@ -13,7 +13,8 @@ import statistics
 from typing import Any
 
 from memsplit.dse.runtime import CachePlan, EmulatedLink, LayerTimes, Runtime, SplitKV, TransferKV
-from memsplit.models import CacheRatioPlan, CacheRatioProblem, LLMConfig, MiniBatchPlan
+from memsplit.models import CacheRatioPlan, CacheRatioProblem, MiniBatchPlan
+from memsplit.models.presets import LLMS
 from memsplit.models.units import GB
 
 ROUNDS = 5
@@ -27,22 +28,8 @@ MINI = tuple(tuple(range(first, first + BATCH // 2)) for first in (0, BATCH // 2
 def main() -> list[dict[str, Any]]:
     """The rows of this benchmark; none, said in a row without a target, where PyTorch is missing."""
     # OPT's architecture, so small that a core recomputes a token about as fast as 1 GB/s brings it.
-    llm = LLMConfig(
-        name="opt of 32",
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=32,
-        intermediate_size=128,
-        vocab_size=512,
-        gated_ffn=False,
-        tie_word_embeddings=True,
-        max_position_embeddings=2050,
-        attention_bias=True,
-        mlp_bias=True,
-        norm_bias=True,
-    )
+    small = {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 128, "vocab_size": 512}
+    llm = dataclasses.replace(LLMS["opt-125m"], name="opt of 32", num_attention_heads=1, num_key_value_heads=1, head_dim=32, **small)
     plans: dict[str, TransferKV | SplitKV] = {
         "all KV sent": TransferKV(),
         "all KV and weights sent": TransferKV(weights="host"),

@@ -18,48 +18,6 @@ from .llm import LLMConfig
 from .presets import LLMS
 from .roofline import Array
 
-MISTRAL_7B = LLMConfig.from_hf(
-    {
-        "model_type": "mistral",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 32000,
-    },
-    name="mistral-7b",
-)
-"""Mistral-7B-v0.1, https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json: 7,241,732,096 parameters."""
-
-QWEN2_7B = LLMConfig.from_hf(
-    {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-        "vocab_size": 152064,
-    },
-    name="qwen2-7b",
-)
-"""Qwen2-7B, https://huggingface.co/Qwen/Qwen2-7B/blob/main/config.json: 7,615,616,512 parameters."""
-
-QWEN2_72B = LLMConfig.from_hf(
-    {
-        "model_type": "qwen2",
-        "hidden_size": 8192,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "intermediate_size": 29568,
-        "vocab_size": 152064,
-    },
-    name="qwen2-72b",
-)
-"""Qwen2-72B, https://huggingface.co/Qwen/Qwen2-72B/blob/main/config.json: 72,706,203,648 parameters."""
-
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "llama-2-7b": "llama2-7b",
@@ -79,11 +37,6 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 STEP = StepProfile(name="step_with_head", lm_head=True)
 
 
-def step_llms() -> dict[str, LLMConfig]:
-    """The LLMs that step models know by name: ``presets.LLMS``, and those that only benchmarks use."""
-    return {**LLMS, **{llm.name: llm for llm in (MISTRAL_7B, QWEN2_7B, QWEN2_72B)}}
-
-
 def step_llm(name: str | Path | LLMConfig) -> LLMConfig:
     """An LLM by our name or a benchmark's ("llama2-7b", "meta-llama/Llama-2-7b-hf", "LLaMA-3 8B"), or by the path of its config.json.
 
@@ -96,7 +49,7 @@ def step_llm(name: str | Path | LLMConfig) -> LLMConfig:
         return LLMConfig.from_hf(name)
     if found is None:
         raise ValueError(
-            f"there is no LLM {shown(str(name))}; name one of {', '.join(step_llms())}, or one of its Hugging Face names, the path of a "
+            f"there is no LLM {shown(str(name))}; name one of {', '.join(LLMS)}, or one of its Hugging Face names, the path of a "
             "config.json, or give an LLMConfig"
         )
     return found
@@ -104,11 +57,10 @@ def step_llm(name: str | Path | LLMConfig) -> LLMConfig:
 
 def _published(name: str) -> LLMConfig | None:
     """The LLM of that name, ours or a benchmark's; None if there is none."""
-    known = step_llms()
     plain = name.rpartition("/")[2].casefold().replace(" ", "-").replace("_", "-").removeprefix("meta-")
     for tail in ("-hf", "-instruct", "-chat"):
         plain = plain.removesuffix(tail)
-    return known.get(plain) or known.get(ALIASES.get(plain, ""))
+    return LLMS.get(plain) or LLMS.get(ALIASES.get(plain, ""))
 
 
 def weight_bits(dtype: str) -> float:

@@ -137,7 +137,7 @@ class _StepModel:
 
     ``variant``: the name of one of ``ENGINES``, each of which has its own records; or give an ``engine``.
 
-    The column ``llm`` has names (``step_llms``), paths of a config.json, or LLMConfigs.
+    The column ``llm`` has names (``presets.LLMS``, or a benchmark's), paths of a config.json, or LLMConfigs.
 
     ``lm_head``: the step ends with it, as every real one does; False: decoder layers only. ``overhead`` False: kernels and all-reduces
     only, without gaps and host, as tools that add up measured kernels count.

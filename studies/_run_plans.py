@@ -35,21 +35,15 @@ REPEATS = 15
 BUSY = 10.0
 """Per cent by which parts of a layer may change during the runs before it is said: what a prediction should be off by at most."""
 
-SMALL = LLMConfig(
+SMALL = replace(
+    LLMS["opt-125m"],
     name="small test LLM",
     hidden_size=128,
     num_hidden_layers=4,
     num_attention_heads=2,
     num_key_value_heads=2,
-    head_dim=64,
     intermediate_size=512,
     vocab_size=512,
-    gated_ffn=False,
-    tie_word_embeddings=True,
-    max_position_embeddings=2050,
-    attention_bias=True,
-    mlp_bias=True,
-    norm_bias=True,
 )
 """OPT's architecture in a size of our own, which a core recomputes a token in the time in which 1 GB/s brings a few: no published LLM."""
 

@@ -3,35 +3,11 @@
 from dataclasses import replace
 
 from memsplit.models import LLMConfig
+from memsplit.models.presets import LLMS
 
-TINY_OPT = LLMConfig(
-    name="tiny OPT",
-    hidden_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=16,
-    intermediate_size=256,
-    vocab_size=128,
-    gated_ffn=False,
-    tie_word_embeddings=True,
-    max_position_embeddings=514,
-    attention_bias=True,
-    mlp_bias=True,
-    norm_bias=True,
-)
-TINY_LLAMA = LLMConfig(
-    name="tiny Llama",
-    hidden_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    intermediate_size=160,
-    vocab_size=128,
-    gated_ffn=True,
-    tie_word_embeddings=False,
-)
+SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 128}
+TINY_OPT = replace(LLMS["opt-125m"], name="tiny OPT", num_key_value_heads=4, intermediate_size=256, max_position_embeddings=514, **SMALL)
+TINY_LLAMA = replace(LLMS["llama2-7b"], name="tiny Llama", num_key_value_heads=2, intermediate_size=160, **SMALL)
 TINY_QWEN3 = replace(TINY_LLAMA, name="tiny Qwen3", qk_norm=True, head_dim=24, num_hidden_layers=2)
 
 

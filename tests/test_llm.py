@@ -120,7 +120,7 @@ def test_active_parameters_leave_out_experts_that_a_token_does_not_use():
 def test_matrices_follow_the_equations_of_h2m2(llm):
     """arXiv 2504.14893: d (H + 2 KV) dh for qkv; H dh d + 2 d ff for fc, with a third d ff where the FFN is gated."""
     d, heads, kv, head_dim = llm.hidden_size, llm.num_attention_heads, llm.num_key_value_heads, llm.head_dim
-    ffn = 3 if llm.name.startswith(("llama", "qwen", "gemma")) else 2
+    ffn = 3 if llm.name.startswith(("llama", "mistral", "qwen", "gemma")) else 2
     assert elements(llm, "qkv") == [d * (heads + 2 * kv) * head_dim]
     assert elements(llm, "fc") == [heads * head_dim * d + ffn * d * llm.intermediate_size]
     assert sum(count for count, _ in llm.layers) == llm.num_hidden_layers

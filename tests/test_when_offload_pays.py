@@ -260,7 +260,7 @@ def test_an_endless_link_leaves_nothing_to_save():
 
 @pytest.mark.parametrize("name", LLMS)
 def test_recommendations_refuse_where_act_is_larger(name: str):
-    row = priced(workload(name, batch=256), RTX_4090)  # so many that no GPU holds their state
+    row = priced(workload(name, batch=1024), RTX_4090)  # so many that no GPU holds their state
     ratio = LLMS[name].hidden_size / LLMS[name].state_elements
     assert row["act_can_pay"] == (ratio < 1)
     if ratio >= 1:
@@ -271,7 +271,7 @@ def test_recommendations_refuse_where_act_is_larger(name: str):
     faster = row["cpu_attention_layer_s"] < row["best_act_layer_s"]
     assert ("attention on the CPU is faster" in row["recommendation"]) == faster
     assert ("KV of 4.5 bits is faster" in row["recommendation"]) == (row["int4_kv_layer_s"] < row["best_act_layer_s"])
-    no_cpu = priced(workload(name, batch=256), replace(RTX_4090, cpu_peak=None))
+    no_cpu = priced(workload(name, batch=1024), replace(RTX_4090, cpu_peak=None))
     assert (no_cpu["cpu_attention_layer_s"], no_cpu["cpu_bandwidth_to_win_over_link"]) == (None, None)
     assert "CPU" not in no_cpu["recommendation"]
 
