@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
-from ._runtime_decoder import Decoder, FolderWeights, RandomWeights, Weights
+from ._runtime_decoder import Decoder, Weights
 from ._runtime_link import Transfers, timed
-from ._runtime_plans import LayerTimes, Run
+from ._runtime_plans import Run
 from ._runtime_states import Memory, State
+from ._runtime_times import LayerTimes
+from ._runtime_weights import FolderWeights, RandomWeights
 
 
 class LayerWeights:

@@ -25,7 +25,8 @@ from ..models.checks import check_number, shown, whole
 from ..models.llm import LLMConfig
 from ..models.offload import WeightsOn, largest
 from ..models.units import GB
-from ._runtime_plans import CachePlan, ExecutedPlan, FullKV, LayerTimes, Placement, SplitKV, TransferKV
+from ._runtime_plans import CachePlan, ExecutedPlan, FullKV, Placement, SplitKV, TransferKV
+from ._runtime_times import LayerTimes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,9 +146,10 @@ class Runtime:
             raise ValueError("runtime: PyTorch finds no CUDA device here; run on device='cpu', with an EmulatedLink if you like")
         if device == "cuda" and link is not None:
             raise ValueError("runtime: a CUDA device has a link of its own; leave link out")
-        from ._runtime_decoder import Decoder, FolderWeights, RandomWeights
+        from ._runtime_decoder import Decoder
         from ._runtime_link import CudaTransfers, EmulatedTransfers, Transfers
         from ._runtime_modes import LayerWeights
+        from ._runtime_weights import FolderWeights, RandomWeights
 
         self._on_cuda = device == "cuda"
         place = torch.device("cuda", torch.cuda.current_device()) if self._on_cuda else torch.device("cpu")
@@ -316,7 +318,7 @@ class Runtime:
         return HostState(memory, self._decoder, run, fluid=True)
 
     def _held_outside(self, size: int) -> int:
-        from ._runtime_decoder import outside_shapes
+        from ._runtime_weights import outside_shapes
 
         return size * sum(int(np.prod(shape)) for shape in outside_shapes(self.llm).values())
 
