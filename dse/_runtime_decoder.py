@@ -12,7 +12,7 @@ hidden state before its norm, gives keys and values again: K = rotate(norm(X) W_
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -227,28 +227,24 @@ class Decoder:
         return self._rest(weights, x, seen.permute(2, 0, 1, 3).reshape(tokens, requests, -1))
 
     def decode_layer(
-        self, weights: Weights, x: torch.Tensor, place: int, segments: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        self,
+        weights: Weights,
+        x: torch.Tensor,
+        place: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attend: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """The layer's output [1, requests, hidden] of one new token a request at position ``place``.
 
-        ``segments``: keys and values [tokens, requests, KV x head_dim] of all tokens in pieces; the last row of the last piece is the new
-        token's and is written here.
+        The token's keys and values are written to ``keys`` and ``values`` [1, requests, KV x head_dim]; then ``attend`` gives what its
+        queries [requests x KV heads, group, head_dim] see.
         """
-        keys, values = segments[-1]
-        normed = self.keys_values(weights, x, slice(place, place + 1), keys[-1:], values[-1:])
+        normed = self.keys_values(weights, x, slice(place, place + 1), keys, values)
         llm, requests = self.llm, x.shape[1]
-        kv_heads = requests * llm.num_key_value_heads
         queries = self._queries(weights, normed, slice(place, place + 1))
-        queries = queries.reshape(kv_heads, llm.num_attention_heads // llm.num_key_value_heads, llm.head_dim)
-        scores = [torch.bmm(queries, one.view(len(one), kv_heads, llm.head_dim).permute(1, 2, 0)) for one, _ in segments]
-        together = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
-        shares = torch.softmax(together.float() * llm.head_dim**-0.5, dim=-1).to(x.dtype)
-        parts, begin = [], 0
-        for _, one in segments:
-            parts.append(torch.bmm(shares[..., begin : begin + len(one)], one.view(len(one), kv_heads, llm.head_dim).transpose(0, 1)))
-            begin += len(one)
-        seen = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
-        return self._rest(weights, x, seen.view(1, requests, -1))
+        shape = (requests * llm.num_key_value_heads, llm.num_attention_heads // llm.num_key_value_heads, llm.head_dim)
+        return self._rest(weights, x, attend(queries.reshape(shape)).view(1, requests, -1))
 
     def _rest(self, weights: Weights, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """What follows attention: its output projection and the FFN, each added to what came in."""
@@ -261,6 +257,14 @@ class Decoder:
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[requests, vocabulary] of hidden states [requests, hidden], in single precision."""
         return F.linear(self.norm(x, self.outside, "norm"), self.outside["head"]).float()
+
+
+def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """What queries [heads, group, head_dim] see of contiguous keys, values [tokens, ...] of as many heads; softmax in single precision."""
+    heads, _, width = queries.shape
+    scores = torch.bmm(queries, keys.view(len(keys), heads, width).permute(1, 2, 0))
+    shares = torch.softmax(scores.float() * width**-0.5, dim=-1).to(queries.dtype)
+    return torch.bmm(shares, values.view(len(values), heads, width).transpose(0, 1))
 
 
 def _linear(weights: Weights, name: str, rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -49,6 +49,9 @@ class Transfers(Protocol):
     def wait(self, ticket: Any) -> None:
         """What is computed from now on comes after the transfer."""
 
+    def finish(self, ticket: Any) -> None:
+        """The host goes on after the transfer."""
+
     def mark(self) -> Any:
         """What has been computed up to now; None where that is done already."""
 
@@ -175,6 +178,10 @@ class EmulatedTransfers:
             if lane.failed is not None:
                 raise RuntimeError("a transfer over the emulated link failed") from lane.failed
 
+    def finish(self, ticket: Any) -> None:
+        """The host is what computes."""
+        self.wait(ticket)
+
     def mark(self) -> None:
         """Nothing: a CPU has computed when the call returns."""
 
@@ -274,6 +281,11 @@ class CudaTransfers:
         """The stream that computes waits, the host does not."""
         if ticket is not None:
             self._cuda.current_stream(self.device).wait_event(ticket)
+
+    def finish(self, ticket: Any) -> None:
+        """The only wait of the host between two steps, for attention on the host."""
+        if ticket is not None:
+            ticket.synchronize()
 
     def mark(self) -> Any:
         """An event behind all that was given to the stream that computes."""

@@ -14,13 +14,13 @@ With a barrier, B the time when a state is complete, in a unit of seconds act, k
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ._runtime_decoder import Decoder, Weights
+from ._runtime_decoder import Decoder, Weights, attention
 from ._runtime_link import Transfers, timed
 from ._runtime_plans import Run
 from ._runtime_states import Memory, State
@@ -108,6 +108,7 @@ class Execution:
 
     def __init__(self, decoder: Decoder, weights: LayerWeights, transfers: Transfers, state: State, run: Run) -> None:
         self.decoder, self.weights, self.link, self.state, self.run = decoder, weights, transfers, state, run
+        self.hidden = state.hidden
         self.layers, self.batches = decoder.llm.num_hidden_layers, len(run.sizes)
         self.units = [(layer, batch) for layer in range(self.layers) for batch in range(self.batches)]
         self.loads: list[Any] = [None, None]
@@ -116,8 +117,8 @@ class Execution:
     def generate(self, prompts: torch.Tensor, *, logits: bool, state: bool) -> Executed:
         """Tokens after ``prompts`` [requests, tokens], with all logits and the last step's keys and values if asked for."""
         found = Executed(torch.empty(0), [self.link.clock()], [])
-        hidden = self._prefill(prompts.t().contiguous())
-        self._next(hidden, found, logits)
+        self._prefill(prompts.t().contiguous())
+        self._next(found, logits)
         found.prefill.append(self.link.clock())
         found.steps.append(found.prefill[-1])
         found.sent = self.link.sent("to_device")
@@ -127,25 +128,32 @@ class Execution:
         if steps and self.state.fluid:
             self._send_weights(0, 0, 1)
         for step in range(steps):
-            place = self.run.prompt + step
-            hidden = [self.decoder.embed(one[None], place) for one in self._tokens]
-            for index, unit in enumerate(self.units):
-                hidden[unit[1]], pending = self._unit(step, index, pending, hidden[unit[1]], found if state and step + 1 == steps else None)
-            self._next([x[0] for x in hidden], found, logits)
+            for batch, one in enumerate(self._tokens):
+                self.hidden.keep(batch, self.decoder.embed(one[None], self.run.prompt + step))
+            self.hidden.fetch(0)
+            for index in range(len(self.units)):
+                pending = self._unit(step, index, pending, found if state and step + 1 == steps else None)
+            self._next(found, logits)
             tokens.append(torch.cat(self._tokens))
             found.steps.append(self.link.clock())
         found.tokens = torch.stack(tokens, dim=1)
         return found
 
-    def _next(self, hidden: Sequence[torch.Tensor], found: Executed, logits: bool) -> None:
-        """Greedy tokens of each GPU batch from its last hidden states."""
-        scores = [self.decoder.logits(x) for x in hidden]
+    def _next(self, found: Executed, logits: bool) -> None:
+        """Greedy tokens of each GPU batch from its last hidden states; the first one's have been fetched."""
+        scores = []
+        for batch in range(self.batches):
+            if batch:
+                self.hidden.fetch(batch)
+            scores.append(self.decoder.logits(self.hidden.take(batch)[-1]))
         self._tokens = [one.argmax(dim=-1) for one in scores]
         if logits:
             found.logits.append(torch.cat(scores))
 
-    def _prefill(self, prompts: torch.Tensor) -> list[torch.Tensor]:
-        hidden = [self.decoder.embed(prompts[:, requests].contiguous(), 0) for requests in self.run.ranges]
+    def _prefill(self, prompts: torch.Tensor) -> None:
+        for batch, requests in enumerate(self.run.ranges):
+            self.hidden.keep(batch, self.decoder.embed(prompts[:, requests].contiguous(), 0))
+        self.hidden.fetch(0)
         self._send_weights(-self.layers, 0, 1)
         for layer in range(self.layers):
             turn = layer - self.layers
@@ -155,13 +163,15 @@ class Execution:
             weights = self.weights.views(layer, turn)
             for batch in range(self.batches):
                 unit, count = (layer, batch), layer * self.batches + batch
+                if batch + 1 < self.batches:
+                    self.hidden.fetch(batch + 1)
                 keys, values = self.state.prompt(unit, count)
-                x = hidden[batch]
-                hidden[batch] = self.decoder.prefill_layer(weights, x, keys, values)
+                x = self.hidden.take(batch)
+                self.hidden.keep(batch, self.decoder.prefill_layer(weights, x, keys, values))
                 self.state.keep_prompt(unit, count, x)
+            self.hidden.fetch(0)
         for ticket in self.state.stored.values():
             self.link.wait(ticket)
-        return [x[-1] for x in hidden]
 
     def _send_weights(self, turn: int, part: int, parts: int) -> None:
         """Send one of ``parts`` of the weights that layer number ``turn`` since the prompt streams."""
@@ -182,8 +192,8 @@ class Execution:
         rest = self.weights.send(unit[0], turn, layout.first, layout.total, mark, self.link) if streams else None
         return _Pending(inputs, self.state.load_state(unit, number, place, mark), first, rest)
 
-    def _unit(self, step: int, index: int, pending: _Pending, x: torch.Tensor, found: Executed | None) -> tuple[torch.Tensor, _Pending]:
-        """One layer of one GPU batch: its output, and what was sent ahead for the next unit."""
+    def _unit(self, step: int, index: int, pending: _Pending, found: Executed | None) -> _Pending:
+        """One layer of one GPU batch; what was sent ahead for the next unit."""
         unit, place = self.units[index], self.run.prompt + step
         layer, batch = unit
         number, turn = step * len(self.units) + index, step * self.layers + layer
@@ -206,15 +216,22 @@ class Execution:
         self.link.wait(pending.state)
         if early and not self.state.fluid:
             ahead = self._enqueue(number + 1)
-        segments = self.state.segments(unit, number, place)
-        out = self.decoder.decode_layer(weights, x, place, segments)
+        if batch + 1 < self.batches:
+            self.hidden.fetch(batch + 1)
+        x = self.hidden.take(batch)
+        keys, values = self.state.token(unit, number, place)
+        out = self.decoder.decode_layer(weights, x, place, keys, values, lambda queries: self.state.attend(unit, number, place, queries))
+        self.hidden.keep(batch, out)
+        if batch + 1 == self.batches:
+            self.hidden.fetch(0)
         self.state.keep_token(unit, number, place, x)
         if found is not None:
-            found.keys.append(torch.cat([keys for keys, _ in segments]).cpu())
-            found.values.append(torch.cat([values for _, values in segments]).cpu())
+            keys, values = self.state.whole(unit, number, place)
+            found.keys.append(keys.to("cpu", copy=True))
+            found.values.append(values.to("cpu", copy=True))
         if not last and not early:
             ahead = self._enqueue(number + 1)
-        return out, ahead
+        return ahead
 
 
 class LayerBuffers:
@@ -256,7 +273,9 @@ def measure_layer(
 
     def compute(turn: int) -> None:
         keys, values, inputs = near[turn % 2]
-        decoder.decode_layer(weights.views(turn % layers, 0), inputs[:1], context, [(keys, values)])
+        decoder.decode_layer(
+            weights.views(turn % layers, 0), inputs[:1], context, keys[-1:], values[-1:], lambda queries: attention(queries, keys, values)
+        )
 
     def outside(turn: int) -> None:
         tokens = decoder.logits(near[turn % 2][2][0].repeat(gpu_batches, 1)).argmax(dim=-1)

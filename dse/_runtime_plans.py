@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from ..models.mini_batches import MiniBatchPlan, request_shares
 from ..models.offload import WeightsOn
 from ..models.placement import PlacementPlan
 from ..models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitTemplate
+
+AttentionOn = Literal["gpu", "host"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,31 +197,34 @@ def _spread(counts: list[int]) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """FlexGen-like: shares of ``weights`` and of the KV ``cache`` on the device, the rest on the host, as tensors and tokens allow.
+    """FlexGen-like: shares of ``weights``, of the KV ``cache`` and of ``hidden`` states on the device, the rest on the host.
 
-    Weights are streamed in whole tensors, cache in tokens: the first ones are on the device. ``gpu_batches`` share a load of the weights.
-    Attention is on the device in any case, where FlexGen computes that of cache on the host there.
+    Weights are streamed in whole tensors; the cache is divided by KV heads of all requests, hidden states between two layers by requests,
+    those of the GPU batch that is computed being on the device. ``gpu_batches`` share a load of the weights. ``attention``: "gpu": cache
+    on the host is sent to be attended to; "host": its queries are, and the processor attends, which the host waits for once a layer.
     """
 
     weights: float = 1.0
     cache: float = 1.0
+    hidden: float = 1.0
+    attention: AttentionOn = "gpu"
     gpu_batches: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("weights", "cache"):
+        for field in ("weights", "cache", "hidden"):
             check_number("placement", field, getattr(self, field), "share", zero=True)
             if getattr(self, field) > 1:
                 raise ValueError(f"placement: {field} must be a share from 0 to 1, not {getattr(self, field)!r}; divide per cent by 100")
+        if self.attention not in ("gpu", "host"):
+            raise ValueError(f"placement: attention must be on 'gpu' or on 'host', not {shown(self.attention)}")
         object.__setattr__(self, "gpu_batches", whole("placement", "gpu_batches", self.gpu_batches, "GPU batches"))
 
     @classmethod
     def from_plan(cls, plan: PlacementPlan) -> Placement:
-        """A placement on GPU and host; ValueError for one with a disk, or with hidden states that leave the GPU."""
+        """A plan without a disk, with attention over cache on the host, as FlexGen's model prices it; ValueError for one with a disk."""
         if plan.weights[2] or plan.cache[2] or plan.hidden[2]:
-            raise ValueError("placement: the runtime has no disk; plan for a system without one")
-        if plan.hidden[0] != 1:
-            raise ValueError(f"placement: the runtime keeps hidden states on the GPU, the plan {plan.hidden[0]:g}; use hidden=(1, 0, 0)")
-        return cls(weights=plan.weights[0], cache=plan.cache[0], gpu_batches=plan.gpu_batches)
+            raise ValueError("placement: the runtime has no disk; plan for a system whose host holds everything")
+        return cls(weights=plan.weights[0], cache=plan.cache[0], hidden=plan.hidden[0], attention="host", gpu_batches=plan.gpu_batches)
 
     @property
     def streamed(self) -> float:
@@ -229,10 +235,6 @@ class Placement:
     def parts(self) -> int:
         """What the number of prompts must be a multiple of."""
         return self.gpu_batches
-
-    def resident(self, rows: int) -> int:
-        """Tokens of a request whose keys and values stay on the device, of ``rows``."""
-        return round(self.cache * rows)
 
     def run(self, batch: int, prompt: int, generated: int) -> tuple[list[int], Run]:
         """The order of the requests, and the sizes of the run; ValueError if the plan is for another."""

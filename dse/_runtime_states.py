@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
-from ._runtime_decoder import Decoder, Weights
+from ._runtime_decoder import Decoder, Weights, attention
 from ._runtime_link import Pair, Transfers
 from ._runtime_plans import Run
 
-Segments = list[tuple[torch.Tensor, torch.Tensor]]
+Whole = tuple[torch.Tensor, torch.Tensor]
 
 
 class Memory:
@@ -45,6 +45,7 @@ class State(Protocol):
     """Where keys, values and inputs are kept. A unit is (layer, GPU batch); ``turn`` counts units and picks the slot."""
 
     fluid: bool
+    hidden: Hidden
     stored: dict[tuple[int, int], Any]
     """The last store of each unit, which its next load waits for."""
 
@@ -63,21 +64,75 @@ class State(Protocol):
     def restore(self, unit: tuple[int, int], turn: int, place: int, weights: Weights, inputs: list[Any]) -> None:
         """Recompute, each part as it arrives."""
 
-    def segments(self, unit: tuple[int, int], turn: int, place: int) -> Segments:
-        """All keys and values, with room for the token at ``place`` at the end, after ``load_state`` has arrived."""
+    def token(self, unit: tuple[int, int], turn: int, place: int) -> Whole:
+        """Memory [1, requests, width] for the new token's keys and values, after ``load_state`` has arrived."""
+
+    def attend(self, unit: tuple[int, int], turn: int, place: int, queries: torch.Tensor) -> torch.Tensor:
+        """What queries [requests x KV heads, group, head_dim] of the token at ``place`` see, once its keys and values are there."""
+
+    def whole(self, unit: tuple[int, int], turn: int, place: int) -> Whole:
+        """All keys and values [tokens, requests, width] as they were attended to, for tests."""
 
     def keep_token(self, unit: tuple[int, int], turn: int, place: int, x: torch.Tensor) -> None:
         """Put the new token's keys and values, or its input ``x``, where they are kept."""
 
 
-class DeviceState:
+class Hidden:
+    """The hidden states of each GPU batch between two layers, [tokens, requests, hidden]: on the device."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, torch.Tensor] = {}
+
+    def keep(self, batch: int, x: torch.Tensor) -> None:
+        """Put them where they are kept."""
+        self.held[batch] = x
+
+    def fetch(self, batch: int) -> None:
+        """Send what is not on the device; each ``take`` comes after one."""
+
+    def take(self, batch: int) -> torch.Tensor:
+        """Have them on the device."""
+        return self.held.pop(batch)
+
+
+class Linked:
+    """What uses the link, if it was not only counted."""
+
+    transfers: Transfers | None
+
+    @property
+    def link(self) -> Transfers:
+        if self.transfers is None:
+            raise RuntimeError("this state was only counted; this is a defect of memsplit, please report it")
+        return self.transfers
+
+
+class _Contiguous:
+    """Keys and values of a unit that are one piece of the device's memory when they are attended to."""
+
+    def __init__(self) -> None:
+        self.hidden = Hidden()
+        self.stored: dict[tuple[int, int], Any] = {}
+
+    def whole(self, unit: tuple[int, int], turn: int, place: int) -> Whole:
+        raise NotImplementedError
+
+    def token(self, unit: tuple[int, int], turn: int, place: int) -> Whole:
+        keys, values = self.whole(unit, turn, place)
+        return keys[-1:], values[-1:]
+
+    def attend(self, unit: tuple[int, int], turn: int, place: int, queries: torch.Tensor) -> torch.Tensor:
+        return attention(queries, *self.whole(unit, turn, place))
+
+
+class DeviceState(_Contiguous):
     """All keys and values on the device."""
 
     fluid = True
 
     def __init__(self, memory: Memory, decoder: Decoder, run: Run) -> None:
+        super().__init__()
         self.prompt_rows = run.prompt
-        self.stored: dict[tuple[int, int], Any] = {}
         self.held = [
             [(memory.device(run.rows, size, decoder.key_width), memory.device(run.rows, size, decoder.key_width)) for size in run.sizes]
             for _ in range(decoder.llm.num_hidden_layers)
@@ -99,9 +154,9 @@ class DeviceState:
     def restore(self, unit: tuple[int, int], turn: int, place: int, weights: Weights, inputs: list[Any]) -> None:
         """Nothing to recompute."""
 
-    def segments(self, unit: tuple[int, int], turn: int, place: int) -> Segments:
+    def whole(self, unit: tuple[int, int], turn: int, place: int) -> Whole:
         keys, values = self.held[unit[0]][unit[1]]
-        return [(keys[: place + 1], values[: place + 1])]
+        return keys[: place + 1], values[: place + 1]
 
     def keep_token(self, unit: tuple[int, int], turn: int, place: int, x: torch.Tensor) -> None:
         """It is there already."""
@@ -115,36 +170,25 @@ class _Slot:
     stored: Any = None
 
 
-class HostState:
-    """Keys and values on the host but for the first ``resident`` tokens; of the first ``split`` tokens the inputs, too, in ``chunks``.
+class HostState(_Contiguous, Linked):
+    """Keys and values on the host; of the first ``split`` tokens the inputs, too, in ``chunks``.
 
     The keys and values of recomputed tokens stay on the host beside the inputs, as in KVPR. GPU batches are of one size.
     """
 
-    def __init__(
-        self, memory: Memory, decoder: Decoder, run: Run, *, split: int = 0, chunks: int = 1, resident: int = 0, fluid: bool = False
-    ) -> None:
-        self.decoder, self.transfers, self.run, self.fluid = decoder, memory.transfers, run, fluid
-        self.split, self.resident = split, resident
+    def __init__(self, memory: Memory, decoder: Decoder, run: Run, *, split: int = 0, chunks: int = 1, fluid: bool = False) -> None:
+        super().__init__()
+        self.decoder, self.transfers, self.run, self.fluid, self.split = decoder, memory.transfers, run, fluid, split
         ends = [split * part // chunks for part in range(chunks + 1)]
         self.chunks = [slice(a, b) for a, b in pairwise(ends) if b > a]
         size, width, hidden = run.sizes[0], decoder.key_width, decoder.llm.hidden_size
-        rows, layers = run.rows - resident, decoder.llm.num_hidden_layers
-        units = [(layer, batch) for layer in range(layers) for batch in range(len(run.sizes))]
-        self.host = {unit: (memory.host(rows, size, width), memory.host(rows, size, width)) for unit in units}
+        units = [(layer, batch) for layer in range(decoder.llm.num_hidden_layers) for batch in range(len(run.sizes))]
+        self.host = {unit: (memory.host(run.rows, size, width), memory.host(run.rows, size, width)) for unit in units}
         self.host_inputs = {unit: memory.host(split, size, hidden) for unit in units}
-        self.near = {unit: (memory.device(resident, size, width), memory.device(resident, size, width)) for unit in units}
         self.slots = [
             _Slot(memory.device(run.rows, size, width), memory.device(run.rows, size, width), memory.device(split, size, hidden))
             for _ in range(2)
         ]
-        self.stored: dict[tuple[int, int], Any] = {}
-
-    @property
-    def link(self) -> Transfers:
-        if self.transfers is None:
-            raise RuntimeError("this state was only counted; this is a defect of memsplit, please report it")
-        return self.transfers
 
     def prompt(self, unit: tuple[int, int], turn: int) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self.slots[turn % 2]
@@ -152,12 +196,8 @@ class HostState:
         return slot.keys[: self.run.prompt], slot.values[: self.run.prompt]
 
     def keep_prompt(self, unit: tuple[int, int], turn: int, x: torch.Tensor) -> None:
-        slot, prompt, resident = self.slots[turn % 2], self.run.prompt, self.resident
-        pairs: list[Pair] = []
-        for near, far, here in zip(self.near[unit], self.host[unit], (slot.keys, slot.values), strict=True):
-            near[:prompt].copy_(here[: min(resident, prompt)])
-            if prompt > resident:
-                pairs.append((far[: prompt - resident], here[resident:prompt]))
+        slot, prompt = self.slots[turn % 2], self.run.prompt
+        pairs: list[Pair] = [(far[:prompt], here[:prompt]) for far, here in zip(self.host[unit], (slot.keys, slot.values), strict=True)]
         if self.split:
             # A copy in memory that stays, so that x itself need not outlive its layer.
             slot.inputs.copy_(x[: self.split])
@@ -171,10 +211,11 @@ class HostState:
 
     def load_state(self, unit: tuple[int, int], turn: int, place: int, mark: Any) -> Any:
         slot, begin = self.slots[turn % 2], self.split
-        end = max(place - self.resident, begin)
-        pairs = [(target[begin:end], source[begin:end]) for target, source in zip((slot.keys, slot.values), self.host[unit], strict=True)]
+        pairs = [
+            (target[begin:place], source[begin:place]) for target, source in zip((slot.keys, slot.values), self.host[unit], strict=True)
+        ]
         # Without a load, too, the slot is used again only when its last token has left.
-        return self.link.send("to_device", pairs, [mark, slot.stored, self.stored[unit]]) if end > begin else slot.stored
+        return self.link.send("to_device", pairs, [mark, slot.stored, self.stored[unit]]) if place > begin else slot.stored
 
     def restore(self, unit: tuple[int, int], turn: int, place: int, weights: Weights, inputs: list[Any]) -> None:
         slot = self.slots[turn % 2]
@@ -182,21 +223,13 @@ class HostState:
             self.link.wait(ticket)
             self.decoder.keys_values(weights, slot.inputs[part], part, slot.keys[part], slot.values[part])
 
-    def segments(self, unit: tuple[int, int], turn: int, place: int) -> Segments:
-        slot, count = self.slots[turn % 2], place + 1
-        keys, values = self.near[unit]
-        if count <= self.resident:
-            return [(keys[:count], values[:count])]
-        rows = count - self.resident
-        here = (slot.keys[:rows], slot.values[:rows])
-        return [(keys, values), here] if self.resident else [here]
+    def whole(self, unit: tuple[int, int], turn: int, place: int) -> Whole:
+        slot = self.slots[turn % 2]
+        return slot.keys[: place + 1], slot.values[: place + 1]
 
     def keep_token(self, unit: tuple[int, int], turn: int, place: int, x: torch.Tensor) -> None:
-        row = place - self.resident
-        if row < 0:
-            return
         slot = self.slots[turn % 2]
-        pairs = [(far[row], here[row]) for far, here in zip(self.host[unit], (slot.keys, slot.values), strict=True)]
+        pairs = [(far[place], here[place]) for far, here in zip(self.host[unit], (slot.keys, slot.values), strict=True)]
         slot.stored = self.stored[unit] = self.link.send("to_host", pairs, [self.link.mark()])
 
 
@@ -218,7 +251,7 @@ class _Rows:
         self.positions = (flat // requests).to(device)
 
 
-class CacheState:
+class CacheState(_Contiguous, Linked):
     """Blocks of tokens of each request as keys and values or as inputs, on the device or on the host (HybridServe).
 
     ``forms``: for each GPU batch the form of every token [rows, requests]. Each form's rows lie in the order of positions, so that what a
@@ -228,6 +261,7 @@ class CacheState:
     fluid = True
 
     def __init__(self, memory: Memory, decoder: Decoder, run: Run, forms: Sequence[torch.Tensor]) -> None:
+        super().__init__()
         self.decoder, self.transfers, self.run = decoder, memory.transfers, run
         device = torch.device("cpu") if memory.transfers is None else decoder.device
         self.rows = [[_Rows(one, form, device) for form in range(len(FORMS))] for one in forms]
@@ -243,19 +277,12 @@ class CacheState:
                     (memory.host(act_host.count, hidden),),
                 )
         self.slots = [_Slot(memory.device(most[2], width), memory.device(most[2], width), memory.device(most[3], hidden)) for _ in range(2)]
-        self.whole = tuple(memory.device(run.rows * max(run.sizes), width) for _ in range(2))
+        self.workspace = tuple(memory.device(run.rows * max(run.sizes), width) for _ in range(2))
         self.recomputed = tuple(memory.device(max(most[1], most[3]), width) for _ in range(2))
-        self.stored: dict[tuple[int, int], Any] = {}
-
-    @property
-    def link(self) -> Transfers:
-        if self.transfers is None:
-            raise RuntimeError("this state was only counted; this is a defect of memsplit, please report it")
-        return self.transfers
 
     def _workspace(self, batch: int, begin: int, end: int) -> list[torch.Tensor]:
         size = self.run.sizes[batch]
-        return [one[begin * size : end * size] for one in self.whole]
+        return [one[begin * size : end * size] for one in self.workspace]
 
     def prompt(self, unit: tuple[int, int], turn: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.link.wait(self.slots[turn % 2].stored)
@@ -320,11 +347,14 @@ class CacheState:
         for whole, part in zip(self._workspace(unit[1], 0, self.run.rows), parts, strict=True):
             whole.index_copy_(0, flat, part[: len(flat)])
 
-    def segments(self, unit: tuple[int, int], turn: int, place: int) -> Segments:
-        slot, size = self.slots[turn % 2], self.run.sizes[unit[1]]
+    def token(self, unit: tuple[int, int], turn: int, place: int) -> Whole:
+        slot = self.slots[turn % 2]
         for form, parts in ((0, self.pools[unit][0]), (2, (slot.keys, slot.values))):
             rows = self.rows[unit[1]][form]
             if rows.before[place]:
                 self._insert(unit, rows.flat[: rows.before[place]], parts)
-        keys, values = (one.view(place + 1, size, -1) for one in self._workspace(unit[1], 0, place + 1))
-        return [(keys, values)]
+        return super().token(unit, turn, place)
+
+    def whole(self, unit: tuple[int, int], turn: int, place: int) -> Whole:
+        keys, values = (one.view(place + 1, self.run.sizes[unit[1]], -1) for one in self._workspace(unit[1], 0, place + 1))
+        return keys, values

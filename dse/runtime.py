@@ -310,7 +310,9 @@ class Runtime:
             forms = [torch.from_numpy(one) for one in plan.forms(sum(run.sizes), run.rows)]
             return CacheState(memory, self._decoder, run, forms)
         if isinstance(plan, Placement):
-            return HostState(memory, self._decoder, run, resident=plan.resident(run.rows), fluid=True)
+            from ._runtime_placed import PlacedState
+
+            return PlacedState(memory, self._decoder, run, cache=plan.cache, hidden=plan.hidden, attention=plan.attention)
         if isinstance(plan, SplitKV):
             return HostState(
                 memory, self._decoder, run, split=plan.split, chunks=max(plan.chunks, 1), fluid=plan.template == "fluid" or not plan.split

@@ -30,11 +30,13 @@ VENDORS = {
         "dse/runtime.py",
         "dse/_runtime_decoder.py",
         "dse/_runtime_link.py",
+        "dse/_runtime_placed.py",
+        "dse/_runtime_weights.py",
         "dse/_runtime_modes.py",
         "dse/_runtime_states.py",
         "dse/_machine_torch.py",
     ),
-    "safetensors": ("dse/_runtime_decoder.py",),
+    "safetensors": ("dse/_runtime_weights.py",),
 }
 LAZY_VENDORS = ("pulp", "ortools", "optuna")
 MAX_LINES = 500

@@ -61,7 +61,11 @@ PLANS = {
     "half of everything placed": Placement(weights=0.5, cache=0.5, gpu_batches=2),
     "all on the device, placed": Placement(),
     "nothing on the device, placed": Placement(weights=0, cache=0),
-    "new tokens leave a device that holds the prompt": Placement(cache=0.9),
+    "a tenth of the cache on the host": Placement(cache=0.9),
+    "half of everything placed, attention on the host": Placement(weights=0.5, cache=0.5, hidden=0.5, attention="host", gpu_batches=3),
+    "FlexGen's 20/80/0/100/0/100": Placement(weights=0.2, cache=0, hidden=0, attention="host", gpu_batches=2),
+    "hidden states on the host, attention on the device": Placement(cache=0.3, hidden=0.4, gpu_batches=2),
+    "attention on the host, one GPU batch": Placement(cache=0.2, hidden=0, attention="host"),
 }
 
 LLMS = {"OPT": TINY_OPT, "Llama, GQA": TINY_LLAMA, "Qwen3": TINY_QWEN3, "one layer": alone(TINY_LLAMA), "OPT, one layer": alone(TINY_OPT)}

@@ -158,6 +158,7 @@ def test_a_slot_is_not_used_again_before_its_token_has_left(plan):
         SplitKV(split=15, template="fluid", chunks=3, gpu_batches=2),
         CachePlan(blocks=CacheRatioPlan(kv_gpu=1, act_gpu=1, kv_host=3, act_host=3), mini_batches=MINI),
         Placement(weights=0.5, cache=0.3),
+        Placement(weights=0.5, cache=0.3, hidden=0, attention="host", gpu_batches=2),
     ],
     ids=str,
 )
@@ -212,6 +213,12 @@ def any_plan(chance, requests, tokens):
             TransferKV(**common),
             SplitKV(**split, **common),
             CachePlan(blocks=blocks, block=chance.choice([1, 2, 16]), mini_batches=MiniBatchPlan(batches=(order[:1], order[1:]))),
-            Placement(weights=chance.choice([0, 0.4, 1]), cache=chance.choice([0, 0.2, 0.5, 0.8]), gpu_batches=common["gpu_batches"]),
+            Placement(
+                weights=chance.choice([0, 0.4, 1]),
+                cache=chance.choice([0, 0.2, 0.5, 0.8]),
+                hidden=chance.choice([0, 0.5, 1]),
+                attention=chance.choice(["gpu", "host"]),
+                gpu_batches=common["gpu_batches"],
+            ),
         ]
     )

@@ -57,11 +57,11 @@ def test_staged_is_one_chunk():
 
 def test_a_placement_follows_from_flexgens_where_the_runtime_has_the_parts():
     plan = PlacementPlan(weights=(0.2, 0.8, 0), cache=(0.5, 0.5, 0), hidden=(1, 0, 0), gpu_batch=4, gpu_batches=3)
-    assert Placement.from_plan(plan) == Placement(weights=0.2, cache=0.5, gpu_batches=3)
+    assert Placement.from_plan(plan) == Placement(weights=0.2, cache=0.5, attention="host", gpu_batches=3)
+    published = PlacementPlan.from_percent((20, 80, 0, 100, 0, 100), 48, 3)
+    assert Placement.from_plan(published) == Placement(weights=0.2, cache=0, hidden=0, attention="host", gpu_batches=3)
     with refused("has no disk"):
         Placement.from_plan(PlacementPlan(weights=(0.2, 0.3, 0.5), cache=(1, 0, 0), hidden=(1, 0, 0), gpu_batch=4, gpu_batches=3))
-    with refused("keeps hidden states on the GPU"):
-        Placement.from_plan(PlacementPlan(weights=(1, 0, 0), cache=(1, 0, 0), hidden=(0, 1, 0), gpu_batch=4, gpu_batches=3))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,8 @@ def test_a_placement_follows_from_flexgens_where_the_runtime_has_the_parts():
         (lambda: TransferKV(gpu_batches=0), "gpu_batches"),
         (lambda: Placement(weights=1.5), "divide per cent by 100"),
         (lambda: Placement(cache=-0.5), "cache"),
+        (lambda: Placement(hidden=float("nan")), "hidden"),
+        (lambda: Placement(attention="disk"), "attention must be on 'gpu' or on 'host'"),
         (lambda: CachePlan(blocks=CacheRatioPlan()), "holds no block"),
         (lambda: CachePlan(blocks=CacheRatioPlan(kv_gpu=1), block=0), "block"),
         (lambda: CachePlan(blocks=CacheRatioPlan(kv_gpu=1), weights="disk"), "weights"),
