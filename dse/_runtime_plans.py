@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models.cache_ratio import BLOCK, CacheRatioPlan
+from ..models.cache_ratio import BLOCK, CacheRatioPlan, CacheRatioProblem
 from ..models.checks import check_number, shown, whole
 from ..models.mini_batches import MiniBatchPlan, request_shares
 from ..models.offload import WeightsOn
@@ -16,6 +16,9 @@ from ..models.placement import PlacementPlan
 from ..models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitTemplate
 
 AttentionOn = Literal["gpu", "host"]
+
+ROUNDED = 1e-6
+"""A share that a solver's tolerance explains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +108,7 @@ class SplitKV(_Uniform):
         if self.template not in ("staged", "chunked", "fluid"):
             raise ValueError(f"split KV: template must be 'staged', 'chunked' or 'fluid', not {shown(self.template)}")
         chunks = whole("split KV", "chunks", self.chunks, "chunks")
-        object.__setattr__(self, "chunks", 1 if self.template == "staged" else chunks)
+        object.__setattr__(self, "chunks", 1 if self.template == "staged" else min(chunks, max(self.split, 1)))
 
     @classmethod
     def from_plan(cls, problem: RecomputeSplitProblem, plan: RecomputeSplitPlan) -> SplitKV:
@@ -130,6 +133,7 @@ class SplitKV(_Uniform):
 class CachePlan:
     """HybridServe: ``blocks`` says how many blocks are kept in which form in which memory, ``mini_batches`` which requests go together.
 
+    ``requests``: how many it was planned for; None: any number.
     Blocks on the device go to the requests that come first, forms follow the ratio in each request and are spread over its tokens, new
     ones included. A run that needs another number of blocks than the plan has takes the plan's shares of them. Without ``mini_batches``
     all requests are one. The next mini-batch's state, and a part of the next layer's weights, arrive while one is computed.
@@ -139,12 +143,29 @@ class CachePlan:
     mini_batches: MiniBatchPlan | None = None
     block: int = BLOCK
     weights: WeightsOn = "host"
+    requests: int | None = None
 
     def __post_init__(self) -> None:
         _check_weights("cache plan", self.weights)
+        if self.requests is not None:
+            object.__setattr__(self, "requests", whole("cache plan", "requests", self.requests, "requests"))
+        for field, kind in (("blocks", CacheRatioPlan), ("mini_batches", MiniBatchPlan | None)):
+            if not isinstance(getattr(self, field), kind):
+                raise ValueError(f"cache plan: {field} must be the solver's plan, not {shown(getattr(self, field))}")
         object.__setattr__(self, "block", whole("cache plan", "block", self.block, "tokens"))
         if not self.blocks.blocks:
             raise ValueError("cache plan: it holds no block; plan for a context of at least one token")
+
+    @classmethod
+    def from_plan(cls, problem: CacheRatioProblem, plan: CacheRatioPlan, mini_batches: MiniBatchPlan | None = None) -> CachePlan:
+        """The plan of a problem, with its blocks, weights and requests; ValueError if the problem was not built from a workload."""
+        settings = problem.settings
+        if settings is None:
+            raise ValueError(
+                "cache plan: the problem is made of coefficients and has no block size; make CachePlan(block=, weights=) itself"
+            )
+        requests = len(problem.request_blocks)
+        return cls(blocks=plan, mini_batches=mini_batches, block=settings.block, weights=settings.weights, requests=requests)
 
     @property
     def streamed(self) -> float:
@@ -158,6 +179,8 @@ class CachePlan:
 
     def run(self, batch: int, prompt: int, generated: int) -> tuple[list[int], Run]:
         """The requests in order of their mini-batches, and the sizes of the run; ValueError if the plan is for others."""
+        if self.requests not in (None, batch):
+            raise ValueError(f"cache plan: it is for {self.requests} requests, not for {batch} prompts; plan for these prompts")
         groups = ((tuple(range(batch))),) if self.mini_batches is None else self.mini_batches.batches
         order = [request for group in groups for request in group]
         if sorted(order) != list(range(batch)):
@@ -200,8 +223,9 @@ class Placement:
     """FlexGen-like: shares of ``weights``, of the KV ``cache`` and of ``hidden`` states on the device, the rest on the host.
 
     Weights are streamed in whole tensors; the cache is divided by KV heads of all requests, hidden states between two layers by requests,
-    those of the GPU batch that is computed being on the device. ``gpu_batches`` share a load of the weights. ``attention``: "gpu": cache
-    on the host is sent to be attended to; "host": its queries are, and the processor attends, which the host waits for once a layer.
+    those of the GPU batch that is computed being on the device. ``gpu_batches`` share a load of the weights; of ``gpu_batch`` requests
+    each, None: any. ``attention``: "gpu": cache on the host is sent to be attended to; "host": its queries are sent, and the processor
+    attends, which the host waits for once a layer.
     """
 
     weights: float = 1.0
@@ -209,6 +233,7 @@ class Placement:
     hidden: float = 1.0
     attention: AttentionOn = "gpu"
     gpu_batches: int = 1
+    gpu_batch: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("weights", "cache", "hidden"):
@@ -218,13 +243,19 @@ class Placement:
         if self.attention not in ("gpu", "host"):
             raise ValueError(f"placement: attention must be on 'gpu' or on 'host', not {shown(self.attention)}")
         object.__setattr__(self, "gpu_batches", whole("placement", "gpu_batches", self.gpu_batches, "GPU batches"))
+        if self.gpu_batch is not None:
+            object.__setattr__(self, "gpu_batch", whole("placement", "gpu_batch", self.gpu_batch, "requests"))
 
     @classmethod
     def from_plan(cls, plan: PlacementPlan) -> Placement:
         """A plan without a disk, with attention over cache on the host, as FlexGen's model prices it; ValueError for one with a disk."""
-        if plan.weights[2] or plan.cache[2] or plan.hidden[2]:
-            raise ValueError("placement: the runtime has no disk; plan for a system whose host holds everything")
-        return cls(weights=plan.weights[0], cache=plan.cache[0], hidden=plan.hidden[0], attention="host", gpu_batches=plan.gpu_batches)
+        on_disk = max(plan.weights[2], plan.cache[2], plan.hidden[2])
+        if on_disk > ROUNDED:
+            raise ValueError(
+                f"placement: the runtime has no disk, and the plan keeps {on_disk:.1%} of something there; plan for two memories"
+            )
+        weights, cache, hidden = (1.0 if shares[1] <= ROUNDED else shares[0] for shares in (plan.weights, plan.cache, plan.hidden))
+        return cls(weights=weights, cache=cache, hidden=hidden, attention="host", gpu_batches=plan.gpu_batches, gpu_batch=plan.gpu_batch)
 
     @property
     def streamed(self) -> float:
@@ -238,6 +269,11 @@ class Placement:
 
     def run(self, batch: int, prompt: int, generated: int) -> tuple[list[int], Run]:
         """The order of the requests, and the sizes of the run; ValueError if the plan is for another."""
+        planned = None if self.gpu_batch is None else self.gpu_batch * self.gpu_batches
+        if planned not in (None, batch):
+            raise ValueError(
+                f"placement: it is for {self.gpu_batches} GPU batches of {self.gpu_batch}, not for {batch} prompts; give {planned}"
+            )
         return _equal(self.gpu_batches, batch, prompt, generated)
 
 

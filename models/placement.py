@@ -220,13 +220,14 @@ class PlacementProblem:
         hidden_on_disk: bool = False,
     ) -> PlacementProblem:
         """The problem on a system's first three tiers, GPU, host and disk in this order: their capacities; all rates are the profile's.
+        Of a system with two tiers nothing is on disk.
 
         ``GROUP_BITS`` as ``weight_bits`` or ``kv_bits`` is FlexGen's four-bit compression.
         """
-        if len(system.tiers) < 3:
+        if len(system.tiers) < 2:
             names = [tier.name for tier in system.tiers]
             raise ValueError(
-                f"system {system.name!r} has the tiers {names}; placement needs a GPU's memory, a host's and a disk, in this order"
+                f"system {system.name!r} has the tiers {names}; placement needs a GPU's memory, a host's and perhaps a disk, in this order"
             )
         workload = Workload(llm=llm, batch=1, context=0, weight_bits=weight_bits, kv_bits=kv_bits, activation_bits=activation_bits)
         layers = llm.num_hidden_layers
@@ -234,7 +235,8 @@ class PlacementProblem:
         inner = llm.intermediate_size
         if llm.num_experts:
             inner = (llm.num_experts_per_tok + llm.num_shared_experts) * llm.moe_intermediate_size
-        gpu, host, disk = system.tiers[:3]
+        gpu, host = system.tiers[:2]
+        disk = system.tiers[2] if len(system.tiers) > 2 else None
         return cls(
             name=llm.name,
             prompt=prompt,
@@ -248,8 +250,8 @@ class PlacementProblem:
             attention_flops=float(llm.attention_flops),
             score_bytes=llm.num_attention_heads * activation_bits / 8,
             inner_bytes=inner * (1 + llm.gated_ffn) * activation_bits / 8,
-            tier_names=(gpu.name, host.name, disk.name),
-            capacity=(gpu.capacity, host.capacity, disk.capacity),
+            tier_names=(gpu.name, host.name, disk.name if disk else "no disk"),
+            capacity=(gpu.capacity, host.capacity, disk.capacity if disk else 0.0),
             profile=profile,
             gpu_batch_sizes=gpu_batch_sizes,
             hidden_on_disk=hidden_on_disk,

@@ -317,13 +317,13 @@ def test_bad_problems_are_refused(bad):
 
 
 def test_bad_profiles_systems_and_places_are_refused():
-    """A rate of 0, a machine of two tiers, activations where they may not be, and five percents."""
+    """A rate of 0, a machine of one tier, activations where they may not be, and five percents."""
     with pytest.raises(ValueError, match="to_device"):
         replace(FLEXGEN_T4, to_device=0.0)
     with pytest.raises(ValueError, match="cpu_slowdown"):
         replace(FLEXGEN_T4, cpu_slowdown=(1.0, 2.0))
     with pytest.raises(ValueError, match="in this order"):
-        PlacementProblem.build(OPT_30B, prompt=8, generated=8, system=SYSTEMS["h2m2"])
+        PlacementProblem.build(OPT_30B, prompt=8, generated=8, system=SYSTEMS["lpddr_only"])
     with pytest.raises(ValueError, match="hidden_on_disk"):
         PlacementProblem.build(OPT_30B, prompt=8, generated=8).evaluate(PlacementPlan(**{**PLAN, "hidden": (0, 0, 1)}))
     with pytest.raises(ValueError, match="percent"):
@@ -352,3 +352,15 @@ class TestFlexGenPlacement(HeuristicCase):
 class TestFixedPlacement(HeuristicCase):
     solver, problem, impossible = FixedPlacement(PlacementPlan.from_percent((10, 90, 0, 100, 0, 100), 8, 2)), SMALL, IMPOSSIBLE
     optimum = TestFlexGenPlacement.optimum
+
+
+@pytest.mark.parametrize(
+    "solver", [CharnesCooperPlacement(), PulpPlacement(), FlexGenPlacement()], ids=lambda solver: type(solver).__name__
+)
+def test_on_two_memories_nothing_is_on_disk(solver):
+    """A system of two tiers is one of three whose disk holds nothing."""
+    problem = PlacementProblem.build(OPT_30B, prompt=512, generated=32, system=SYSTEMS["rtx4090_pcie4"])
+    assert problem.capacity[2] == 0
+    plan = solver.solve(problem).unwrap()
+    # 1e-6: what a solver's tolerance leaves, of 60 GB less than a page of a disk.
+    assert max(plan.weights[2], plan.cache[2], plan.hidden[2]) <= 1e-6

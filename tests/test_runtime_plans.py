@@ -1,15 +1,19 @@
-"""Plans as values, the forms of blocks, and predictions from measured layers: what needs no PyTorch."""
+"""Plans as values, the forms of blocks, and predictions from measured layers."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memsplit.dse._runtime_times import SETTLING
 from memsplit.dse.runtime import CachePlan, FullKV, LayerTimes, Placement, SplitKV, TransferKV
 from memsplit.models import (
     CacheRatioPlan,
+    CacheRatioProblem,
     MiniBatchPlan,
     PlacementPlan,
     RecomputeSplitPlan,
@@ -57,16 +61,36 @@ def test_staged_is_one_chunk():
 
 def test_a_placement_follows_from_flexgens_where_the_runtime_has_the_parts():
     plan = PlacementPlan(weights=(0.2, 0.8, 0), cache=(0.5, 0.5, 0), hidden=(1, 0, 0), gpu_batch=4, gpu_batches=3)
-    assert Placement.from_plan(plan) == Placement(weights=0.2, cache=0.5, attention="host", gpu_batches=3)
+    assert Placement.from_plan(plan) == Placement(weights=0.2, cache=0.5, attention="host", gpu_batches=3, gpu_batch=4)
     published = PlacementPlan.from_percent((20, 80, 0, 100, 0, 100), 48, 3)
-    assert Placement.from_plan(published) == Placement(weights=0.2, cache=0, hidden=0, attention="host", gpu_batches=3)
+    assert Placement.from_plan(published) == Placement(weights=0.2, cache=0, hidden=0, attention="host", gpu_batches=3, gpu_batch=48)
+    with refused("it is for 3 GPU batches of 48, not for 12 prompts; give 144"):
+        Placement.from_plan(published).run(12, 5, 2)
+    tiny = PlacementPlan(weights=(0.2, 0.8 - 1e-8, 1e-8), cache=(1 - 1e-8, 0, 1e-8), hidden=(1, 0, 0), gpu_batch=4, gpu_batches=3)
+    assert Placement.from_plan(tiny).cache == 1
     with refused("has no disk"):
         Placement.from_plan(PlacementPlan(weights=(0.2, 0.3, 0.5), cache=(1, 0, 0), hidden=(1, 0, 0), gpu_batch=4, gpu_batches=3))
+
+
+def test_a_cache_plan_follows_from_the_problem_with_its_blocks_and_weights():
+    workload = Workload(llm=OPT_6_7B, batch=4, context=100)
+    problem = CacheRatioProblem.build(SYSTEMS["rtx4090_pcie4"], workload, weights="gpu", block=32)
+    plan = CacheRatioPlan(kv_gpu=4, act_host=12)
+    found = CachePlan.from_plan(problem, plan)
+    assert found == CachePlan(blocks=plan, block=32, weights="gpu", requests=4)
+    with refused("it is for 4 requests, not for 8 prompts"):
+        found.run(8, 100, 2)
+    with refused("has no block size"):
+        CachePlan.from_plan(replace(problem, settings=None), plan)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: CachePlan(blocks=None), "blocks must be the solver's plan, not None"),
+        (lambda: CachePlan(blocks=CacheRatioPlan(kv_gpu=1), mini_batches=5), "mini_batches must be the solver's plan, not 5"),
+        (lambda: CachePlan(blocks=CacheRatioPlan(kv_gpu=1), requests=0), "requests"),
+        (lambda: Placement(gpu_batch=0), "gpu_batch"),
         (lambda: SplitKV(split=-1), "split"),
         (lambda: SplitKV(split=1.5), "split"),
         (lambda: SplitKV(split=1, template="best"), "template must be"),
@@ -147,19 +171,166 @@ def layer_times(draw: st.DrawFn, most_batches: int = 1) -> LayerTimes:
     return LayerTimes(**drawn, first=first, layers=draw(st.integers(1, 5)), context=100, gpu_batches=draw(st.integers(1, most_batches)))
 
 
-@given(times=layer_times(), split=st.integers(1, 100), chunks=st.integers(1, 5), weights=st.sampled_from(["gpu", "host"]))
+ways = {"split": st.integers(0, 100), "chunks": st.integers(1, 5), "weights": st.sampled_from(["gpu", "host"])}
+
+
+@given(times=layer_times(), **ways)
 def test_a_replay_of_the_barrier_is_the_closed_form(times, split, chunks, weights):
     """One GPU batch: the template's maximum of lines is what the executed events take, the last layer's computation included."""
-    plan = SplitKV(split=split, template="chunked", chunks=chunks, weights=weights)
+    plan = SplitKV(split=max(split, 1), template="chunked", chunks=chunks, weights=weights)
     assert times.replay(plan) == pytest.approx(times.step(plan), rel=ROUNDING, abs=1e-9)
 
 
-@given(times=layer_times(4), split=st.integers(0, 100), chunks=st.integers(1, 5), weights=st.sampled_from(["gpu", "host"]))
+@given(times=layer_times(), template=st.sampled_from(["staged", "chunked", "fluid"]), **ways)
+def test_a_single_layer_takes_what_its_events_take(times, template, split, chunks, weights):
+    """Without another layer to work at, in every template: the computation, then the loads beside the choice of the token."""
+    one, plan = replace(times, layers=1), SplitKV(split=split, template=template, chunks=chunks, weights=weights)
+    # Weights that are sent ahead may slow the link down by little, step by step, before the GPU has to wait for it.
+    settled = ROUNDING if weights == "gpu" else 2 / SETTLING
+    assert one.step(plan) * (1 - settled) - 1e-9 <= one.replay(plan) <= one.step(plan) * (1 + ROUNDING) + 1e-9
+
+
+def test_a_single_layer_loads_while_the_token_is_chosen():
+    times = LayerTimes(kv=30, act=0, recompute=0, compute=12, weights=50, first=0, outside=20, layers=1, context=10)
+    assert times.step(TransferKV()) == times.replay(TransferKV()) == 12 + 30
+    assert replace(times, outside=40).step(TransferKV()) == 12 + 40
+    # Its weights do not wait for the token: 50 and the keys and values on the link, beside all else.
+    assert times.step(TransferKV(weights="host")) == times.replay(TransferKV(weights="host")) == 50 + 30
+    assert times.step(SplitKV(split=1, weights="host")) == 12 + 50 + 0.9 * 30  # a barrier
+
+
+@given(times=layer_times(4), **ways)
 def test_no_execution_is_faster_than_its_template(times, split, chunks, weights):
     """Several GPU batches, and loads without a barrier: link and GPU are bounds that events can only miss."""
     for template in ("staged", "chunked", "fluid"):
         plan = SplitKV(split=split, template=template, chunks=chunks, weights=weights, gpu_batches=times.gpu_batches)
         assert times.replay(plan) >= float(times.layers * _floor(times, plan)) * (1 - ROUNDING) - 1e-9
+
+
+@given(times=layer_times(4), **ways)
+def test_without_a_barrier_only_the_choice_of_the_token_can_be_in_the_way(times, split, chunks, weights):
+    """Each unit loads as much as the others, so that neither link nor GPU pauses but while the token is chosen, one unit ahead."""
+    plan = SplitKV(split=split, template="fluid", chunks=chunks, weights=weights, gpu_batches=times.gpu_batches)
+    assert times.replay(plan) <= (times.step(plan) + times.outside) * (1 + ROUNDING) + 1e-9 or times.layers * times.gpu_batches == 1
+    calm = replace(times, outside=0.0, layers=times.layers + 1)
+    assert calm.replay(plan) == pytest.approx(calm.step(plan), rel=ROUNDING, abs=1e-9)
+
+
+@pytest.mark.parametrize("batches", [2, 4, 8])
+def test_each_gpu_batch_sends_its_share_of_the_next_layers_weights(batches):
+    """The slower of 40 s of weights and 12 s of computation in each batch, in six layers."""
+    times = LayerTimes(kv=1e-6, act=0, recompute=0, compute=12, weights=40, first=0, outside=0, layers=6, context=1, gpu_batches=batches)
+    plan = TransferKV(weights="host", gpu_batches=batches)
+    assert times.step(plan) == pytest.approx(6 * max(40, 12 * batches), rel=1e-6)
+    assert times.replay(plan) == pytest.approx(times.step(plan), rel=1e-6)
+
+
+ELEMENTS = 12_000
+"""Of weights that cross the link in a second: thousandths of seconds can be sent in up to four equal parts."""
+
+
+class Timetable:
+    """Link, decoder, weights and state of the runtime's loop in a time of their own, which passes as ``LayerTimes`` says."""
+
+    def __init__(self, times: LayerTimes, plan: SplitKV) -> None:
+        torch = pytest.importorskip("torch", reason="needs memsplit[runtime]")
+        from memsplit.dse._runtime_states import Hidden
+
+        self.times, self.plan, self.share = times, plan, plan.split / times.context
+        self.now = self.free = 0.0
+        self.fluid, self.stored = plan.template == "fluid" or not plan.split, {}
+        self.parts = plan.chunks if plan.split else 0
+        self.llm = SimpleNamespace(num_hidden_layers=times.layers)
+        self.layout = SimpleNamespace(first=round(times.first * ELEMENTS), total=round(times.weights * ELEMENTS))
+        self.cut = self.layout.total if plan.weights == "host" else 0
+        self.hidden = Hidden()
+        self.rows, self.scores = torch.zeros(1, 1, 1), torch.zeros(1, 2)
+
+    def transfer(self, seconds: float) -> float:
+        self.free = max(self.free, self.now) + seconds
+        return self.free
+
+    # The link
+
+    def mark(self) -> None:
+        return None
+
+    def wait(self, ticket: float | None) -> None:
+        self.now = max(self.now, ticket or 0.0)
+
+    def clock(self) -> float:
+        return self.now
+
+    def sent(self, direction: str) -> int:
+        return 0
+
+    # The decoder
+
+    def embed(self, tokens: Any, place: int) -> Any:
+        return self.rows
+
+    def prefill_layer(self, weights: Any, x: Any, keys: Any, values: Any) -> Any:
+        return x
+
+    def decode_layer(self, weights: Any, x: Any, *others: Any) -> Any:
+        self.now += self.times.compute
+        return x
+
+    def logits(self, x: Any) -> Any:
+        self.now += self.times.outside / self.times.gpu_batches
+        return self.scores
+
+    # The weights
+
+    def send(self, layer: int, turn: int, begin: int, end: int, mark: None, transfers: Any) -> float | None:
+        return self.transfer((end - begin) / ELEMENTS) if self.cut and end > begin else None
+
+    def views(self, layer: int, turn: int) -> None:
+        return None
+
+    # The state
+
+    def prompt(self, unit: Any, turn: int) -> tuple[None, None]:
+        return None, None
+
+    def keep_prompt(self, unit: Any, turn: int, x: Any) -> None: ...
+
+    def keep_token(self, unit: Any, turn: int, place: int, x: Any) -> None: ...
+
+    def token(self, unit: Any, turn: int, place: int) -> tuple[None, None]:
+        return None, None
+
+    def load_inputs(self, unit: Any, turn: int, place: int, mark: None) -> list[float]:
+        return [self.transfer(self.share * self.times.act / self.parts) for _ in range(self.parts)]
+
+    def load_state(self, unit: Any, turn: int, place: int, mark: None) -> float:
+        return self.transfer((1 - self.share) * self.times.kv)
+
+    def restore(self, unit: Any, turn: int, place: int, weights: None, inputs: list[float]) -> None:
+        for ticket in inputs:
+            self.wait(ticket)
+            self.now += self.share * self.times.recompute / self.parts
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of each decode step of the runtime's own loop."""
+        import torch
+
+        from memsplit.dse._runtime_modes import Execution
+
+        batches = self.times.gpu_batches
+        _, run = self.plan.run(batches, self.times.context, count + 1)
+        ends = Execution(self, self, self, self, run).generate(torch.zeros(batches, 1, dtype=torch.int64), logits=False, state=False).steps
+        return np.diff(ends).tolist()
+
+
+@given(times=layer_times(4), template=st.sampled_from(["staged", "chunked", "fluid"]), **ways)
+@settings(max_examples=60, deadline=None)
+def test_a_replay_takes_what_the_runtimes_loop_takes(times, template, split, chunks, weights):
+    """The loop itself, with parts that take what the layer times say: the same step, behind which another one comes."""
+    times = replace(times, first=round(times.first, 3))
+    plan = SplitKV(split=split, template=template, chunks=chunks, weights=weights, gpu_batches=times.gpu_batches)
+    count = max(3, -(-SETTLING // (times.layers * times.gpu_batches)) + 1)
+    assert times.replay(plan) == pytest.approx(Timetable(times, plan).steps(count + 1)[-2], rel=ROUNDING, abs=1e-9)
 
 
 def _floor(times: LayerTimes, plan: SplitKV) -> float:
@@ -180,18 +351,15 @@ def _floor(times: LayerTimes, plan: SplitKV) -> float:
 
 @given(times=layer_times())
 def test_a_transfer_takes_the_link_or_the_gpu(times):
-    """Nothing recomputed: a step is the slower of both, in every layer and in the last, which chooses the token, too; one layer is both."""
-    alone = times.kv + times.compute + times.outside
-    expected = (
-        alone if times.layers == 1 else (times.layers - 1) * max(times.kv, times.compute) + max(times.kv, times.compute + times.outside)
-    )
+    """Nothing recomputed: a step is the slower of both, in every layer and in the last, which chooses the token, too."""
+    times = replace(times, layers=times.layers + 1)
+    expected = (times.layers - 1) * max(times.kv, times.compute) + max(times.kv, times.compute + times.outside)
     assert times.step(TransferKV()) == pytest.approx(expected, rel=ROUNDING)
     assert times.step(SplitKV(split=0)) == times.step(TransferKV())
 
 
 def test_predictions_refuse_what_was_not_measured():
     times = LayerTimes(kv=1, act=0.5, recompute=0.4, compute=0.1, weights=0.3, first=0.1, outside=0.01, layers=4, context=100)
-    assert times.ratios == (0.5, 0.4, 0.1)
     with refused("the plan recomputes 101 of 100 tokens"):
         times.step(SplitKV(split=101))
     with refused("measure those"):
