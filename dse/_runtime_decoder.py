@@ -149,13 +149,21 @@ class Decoder:
         self._angles = torch.empty(0)
         self._cos = self._sin = torch.empty(0)
 
-    def reach(self, tokens: int) -> None:
-        """Make ready for positions below ``tokens``; ValueError beyond the longest context."""
+    def check_reach(self, tokens: int) -> None:
+        """ValueError if there are no positions below ``tokens``."""
         longest = self.architecture.longest
         if longest and tokens > longest:
             raise ValueError(
                 f"runtime: {self.llm.name!r} has positions for {longest} tokens, not for {tokens}; shorten the prompts or generate fewer"
             )
+
+    def table_bytes(self, tokens: int) -> int:
+        """Bytes of the tables of angles below ``tokens``, while they are made."""
+        rotary = self.architecture.family == "llama" and len(self._cos) < tokens
+        return tokens * self.llm.head_dim * (2 * self.dtype.itemsize + 16) if rotary else 0
+
+    def reach(self, tokens: int) -> None:
+        """Make ready for positions below ``tokens``."""
         if self.architecture.family == "llama" and len(self._cos) < tokens:
             half = self.llm.head_dim // 2
             # Angles in single precision on any device and for any dtype, as Hugging Face computes them.
@@ -215,16 +223,22 @@ class Decoder:
 
     def prefill_layer(self, weights: Weights, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The layer's output [tokens, requests, hidden] of whole prompts; their keys and values are written."""
+        return self._rest(weights, x, self._seen(weights, x, keys, values))
+
+    def _seen(self, weights: Weights, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What each token of the prompts sees of those up to it; what it takes is free again before the FFN begins."""
         tokens, requests = x.shape[:2]
         places = slice(0, tokens)
-        normed = self.keys_values(weights, x, places, keys, values)
+        queries = self._queries(weights, self.keys_values(weights, x, places, keys, values), places).permute(1, 2, 0, 3)
         shape = (tokens, requests, self.llm.num_key_value_heads, self.llm.head_dim)
-        queries = self._queries(weights, normed, places).permute(1, 2, 0, 3)
-        grouped = self.llm.num_key_value_heads != self.llm.num_attention_heads
-        seen = F.scaled_dot_product_attention(
-            queries, keys.view(shape).permute(1, 2, 0, 3), values.view(shape).permute(1, 2, 0, 3), is_causal=True, enable_gqa=grouped
-        )
-        return self._rest(weights, x, seen.permute(2, 0, 1, 3).reshape(tokens, requests, -1))
+        seen, held = ((one.view(shape).permute(1, 2, 0, 3)) for one in (keys, values))
+        group = self.llm.num_attention_heads // self.llm.num_key_value_heads
+        if group > 1 and self.dtype == torch.float32:
+            # On CUDA only its kernels of half precision share heads; the others would write out all scores.
+            seen, held = (one.repeat_interleave(group, dim=1) for one in (seen, held))
+        shared = seen.shape[1] != queries.shape[1]
+        found = F.scaled_dot_product_attention(queries, seen, held, is_causal=True, enable_gqa=shared)
+        return found.permute(2, 0, 1, 3).reshape(tokens, requests, -1)
 
     def decode_layer(
         self,
@@ -251,11 +265,14 @@ class Decoder:
         x = x + F.linear(seen, weights["o.weight"], weights.get("o.bias"))
         normed = self.norm(x, weights, "norm2")
         inner = F.linear(normed, weights["up.weight"], weights.get("up.bias"))
-        inner = inner * F.silu(F.linear(normed, weights["gate.weight"], weights.get("gate.bias"))) if self.llm.gated_ffn else F.relu(inner)
+        if self.llm.gated_ffn:
+            inner *= F.silu(F.linear(normed, weights["gate.weight"], weights.get("gate.bias")), inplace=True)
+        else:
+            inner.relu_()
         return x + F.linear(inner, weights["down.weight"], weights.get("down.bias"))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[requests, vocabulary] of hidden states [requests, hidden], in single precision."""
+        """[requests, vocabulary] of hidden states [requests, hidden]: rounded to the LLM's dtype, as single precision."""
         return F.linear(self.norm(x, self.outside, "norm"), self.outside["head"]).float()
 
 

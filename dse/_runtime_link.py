@@ -32,7 +32,14 @@ ALIGNMENT = 512
 """Bytes that a tensor in a block starts at a multiple of, as PyTorch's own do."""
 
 LATE = 60.0
-"""Seconds that a wait for the emulated link may take beyond its transfer before it is called stuck."""
+"""Seconds after which a wait for the emulated link looks whether its threads are still there."""
+
+
+class HostMemory(Protocol):
+    """Where tensors of the host are cut from."""
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor without values."""
 
 
 class Transfers(Protocol):
@@ -41,7 +48,10 @@ class Transfers(Protocol):
     device: torch.device
 
     def host(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory of the host that transfers reach at full speed."""
+        """Memory of the host that transfers reach at full speed, until the next ``restart``."""
+
+    def lasting(self, expected: int) -> HostMemory:
+        """The same for longer: ``expected`` [B] in all."""
 
     def send(self, direction: Direction, pairs: Sequence[Pair], after: Iterable[Any] = ()) -> Any:
         """Copy, after all earlier transfers of this direction and after the tickets and marks ``after``; returns a ticket at once."""
@@ -70,8 +80,8 @@ class Transfers(Protocol):
     def occupy(self) -> None:
         """Keep the computation busy for about a millisecond, if the host would otherwise be too slow in giving it work."""
 
-    def restart(self) -> None:
-        """Count bytes and busy time from now on; nothing is on its way."""
+    def restart(self, expected: int = 0) -> None:
+        """Count bytes and busy time from now on; nothing is on its way, and ``host`` gives what it gave before again, ``expected`` [B]."""
 
     def close(self) -> None:
         """End what runs beside the computation."""
@@ -107,6 +117,7 @@ class _Lane(threading.Thread):
         self.sent = 0
         self.busy = 0.0
         self.failed: BaseException | None = None
+        self.ended = threading.Event()
 
     def run(self) -> None:
         end = ended = 0.0
@@ -134,8 +145,11 @@ class _Lane(threading.Thread):
                 target[at : at + len(piece)] = piece  # NumPy copies bytes without the interpreter's lock
                 done += len(piece)
                 rest = begin + done / self.bandwidth - time.perf_counter()
-                if rest > 0:
-                    time.sleep(rest)
+                # A slow link may be closed meanwhile: nobody waits for what is left of it.
+                while rest > 0 and not self.ended.wait(min(rest, LATE)):
+                    rest = begin + done / self.bandwidth - time.perf_counter()
+                if self.ended.is_set():
+                    return done
         return done
 
 
@@ -145,13 +159,25 @@ def _as_bytes(tensor: torch.Tensor) -> Any:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
+class _Unpinned:
+    """PyTorch's own."""
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor without values."""
+        return torch.empty(tuple(shape), dtype=dtype)
+
+
 class EmulatedTransfers:
     """A link of ``bandwidth`` [B/s] each way between two parts of a CPU's memory; inf: as fast as it copies."""
 
     def __init__(self, bandwidth: float = math.inf) -> None:
-        self.device = torch.device("cpu")
-        self._lanes: dict[Direction, _Lane] = {"to_device": _Lane(bandwidth), "to_host": _Lane(bandwidth)}
+        self.device, self.bandwidth = torch.device("cpu"), bandwidth
+        self._start()
+
+    def _start(self) -> None:
+        self._lanes: dict[Direction, _Lane] = {"to_device": _Lane(self.bandwidth), "to_host": _Lane(self.bandwidth)}
         self._sent: dict[Direction, int] = {"to_device": 0, "to_host": 0}
+        self._last: dict[Direction, _Ticket] = {}
         for lane in self._lanes.values():
             lane.start()
 
@@ -159,11 +185,16 @@ class EmulatedTransfers:
         """Memory like any other."""
         return torch.empty(tuple(shape), dtype=dtype)
 
+    def lasting(self, expected: int) -> HostMemory:
+        """Memory like any other."""
+        return _Unpinned()
+
     def send(self, direction: Direction, pairs: Sequence[Pair], after: Iterable[Any] = ()) -> _Ticket:
         """As in ``Transfers``; marks are None, as what was computed before this call is done."""
         lane, ticket = self._lanes[direction], _Ticket()
         copies = [(_as_bytes(target), _as_bytes(source)) for target, source in pairs if source.numel()]
         self._sent[direction] += sum(len(source) for _, source in copies)
+        self._last[direction] = ticket
         lane.jobs.put(_Job(copies, [one for one in after if one is not None], ticket, time.perf_counter()))
         return ticket
 
@@ -205,46 +236,80 @@ class EmulatedTransfers:
     def occupy(self) -> None:
         """Nothing: a CPU does the work itself."""
 
-    def restart(self) -> None:
-        """As in ``Transfers``."""
+    def restart(self, expected: int = 0) -> None:
+        """As in ``Transfers``; what a run that ended early has left in the queue is dropped."""
+        if any(not ticket.done.is_set() for ticket in self._last.values()) or any(lane.failed for lane in self._lanes.values()):
+            self.close()
+        if not all(lane.is_alive() for lane in self._lanes.values()):
+            self._start()
         for name, lane in self._lanes.items():
-            lane.failed = None
-            self.wait(self.send(name, []))
             self._sent[name] = lane.sent = 0
             lane.busy = 0.0
 
     def close(self) -> None:
-        """End both threads after what is queued."""
+        """End both threads, at once."""
         for lane in self._lanes.values():
+            lane.ended.set()
             lane.jobs.put(None)
         for lane in self._lanes.values():
             lane.join(LATE)
 
 
 class Arena:
-    """Memory in blocks of powers of two, from which tensors are cut.
+    """Host memory in blocks of powers of two, from which tensors are cut; a block is used again after ``restart``.
 
-    PyTorch rounds each pinned allocation up to a power of two, which for the keys and values of a layer may be twice what is needed.
-    ``make``: a block of so many bytes. A block lives as long as a tensor in it.
+    PyTorch rounds each pinned allocation up to a power of two, which for the keys and values of a layer may be twice what is needed, and
+    to pin memory takes seconds. A new block is the largest power of two that what is still ``expected`` [B] fills, so that all of them
+    together waste about a tensor each. ``make``: a block of so many bytes.
     """
 
-    def __init__(self, make: Callable[[int], torch.Tensor], smallest: int = 2**26, largest: int = 2**32) -> None:
-        self.make, self.smallest, self.largest = make, smallest, largest
-        self.release()
+    def __init__(self, make: Callable[[int], torch.Tensor], expected: int = 0) -> None:
+        self.make, self.expected = make, expected
+        self.blocks: list[torch.Tensor] = []
+        self.used: list[int] = []
 
-    def release(self) -> None:
-        """Begin a new block with the next tensor."""
-        self._block, self._used, self._next = torch.empty(0, dtype=torch.uint8), 0, self.smallest
+    @property
+    def held(self) -> int:
+        """Bytes of all blocks."""
+        return sum(len(block) for block in self.blocks)
+
+    def restart(self, expected: int) -> bool:
+        """Cut anew, as nobody reads what was cut before; whether blocks were given back because ``expected`` [B] need others."""
+        given_back = bool(self.blocks) and self.held < expected
+        if given_back:
+            self.blocks = []
+        self.used, self.expected = [0] * len(self.blocks), expected
+        return given_back
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the current block, or of a new one, twice as large as the last."""
+        """A tensor of the first block that has room, or of a new one."""
         nbytes = math.prod(shape) * dtype.itemsize
-        if self._used + nbytes > len(self._block):
-            size = max(self._next, 1 << (nbytes - 1).bit_length())
-            self._block, self._used, self._next = self.make(size), 0, min(2 * size, self.largest)
-        found = self._block[self._used : self._used + nbytes].view(dtype).view(tuple(shape))
-        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return found
+        if not nbytes:
+            return torch.empty(tuple(shape), dtype=dtype)
+        place = next((i for i, block in enumerate(self.blocks) if self.used[i] + nbytes <= len(block)), None)
+        if place is None:
+            filled = 1 << (max(self.expected, 1).bit_length() - 1)
+            self.blocks.append(self.make(max(filled, 1 << (max(nbytes, ALIGNMENT) - 1).bit_length())))
+            self.used.append(0)
+            place = len(self.blocks) - 1
+        begin = self.used[place]
+        self.used[place] += aligned(nbytes)
+        self.expected -= aligned(nbytes)
+        return self.blocks[place][begin : begin + nbytes].view(dtype).view(tuple(shape))
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that a tensor takes of a block."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def pinned_bytes(sizes: Iterable[int]) -> int:
+    """Bytes of the blocks of which tensors of ``sizes`` [B] are cut."""
+    listed = list(sizes)
+    arena = Arena(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device="meta"), sum(map(aligned, listed)))
+    for size in listed:
+        arena.take((size,), torch.uint8)
+    return arena.held
 
 
 class CudaTransfers:
@@ -255,11 +320,15 @@ class CudaTransfers:
         self._cuda: Any = torch.cuda  # its streams and events have no types in some versions of PyTorch
         self._streams = {name: self._cuda.Stream(device) for name in ("to_device", "to_host")}
         self._sent: dict[Direction, int] = {"to_device": 0, "to_host": 0}
-        self._arena = Arena(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
+        self._arena = self.lasting(0)
 
     def host(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Pinned memory, which copies need to run beside the computation."""
         return self._arena.take(shape, dtype)
+
+    def lasting(self, expected: int) -> Arena:
+        """Pinned, too."""
+        return Arena(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), expected)
 
     def send(self, direction: Direction, pairs: Sequence[Pair], after: Iterable[Any] = ()) -> Any:
         """As in ``Transfers``; tickets and marks are events."""
@@ -318,16 +387,29 @@ class CudaTransfers:
         if (wait := getattr(self._cuda, "_sleep", None)) is not None:  # not public, but PyTorch's tests rest on it
             wait(OCCUPIED)
 
-    def restart(self) -> None:
+    def restart(self, expected: int = 0) -> None:
         """As in ``Transfers``."""
-        self.close()
-        self._arena.release()
+        self._synchronize()
+        if self._arena.restart(expected):
+            free_cached()
         self._sent = {"to_device": 0, "to_host": 0}
 
-    def close(self) -> None:
-        """Wait for what is queued, so that its memory may be freed."""
+    def _synchronize(self) -> None:
         for stream in self._streams.values():
             stream.synchronize()
+
+    def close(self) -> None:
+        """Wait for what is queued, and free its memory."""
+        self._synchronize()
+        self._arena = self.lasting(0)
+
+
+def free_cached() -> None:
+    """Give memory back that PyTorch keeps for later, of the device and pinned: other processes, and other LLMs, need it."""
+    torch.cuda.empty_cache()
+    empty = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None:
+        empty()
 
 
 def timed(transfers: Transfers, work: Callable[[], Any], repeats: int) -> list[float]:

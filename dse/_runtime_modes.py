@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ._runtime_decoder import Decoder, Weights, attention
-from ._runtime_link import Transfers, timed
+from ._runtime_link import Transfers, aligned, timed
 from ._runtime_plans import Run
 from ._runtime_states import Memory, State
 from ._runtime_times import LayerTimes
@@ -42,16 +42,18 @@ class LayerWeights:
         """Bring the weights to where a plan wants them; a plan that wants what the last one did moves nothing."""
         layout, dtype, device = self.decoder.layout, self.decoder.dtype, self.decoder.device
         if cut != self.cut or not self.near:
-            known = bool(self.near)
+            known, layers = bool(self.near), self.decoder.llm.num_hidden_layers
+            self.buffers = []
+            memory = transfers.lasting(layers * aligned(cut * dtype.itemsize))
             try:
-                for layer in range(self.decoder.llm.num_hidden_layers):
+                for layer in range(layers):
                     whole = torch.empty(layout.total, dtype=dtype, device=device)
                     if known:
                         whole[: self.cut].copy_(self.far[layer])
                         whole[self.cut :].copy_(self.near[layer])
                     else:
                         self.source.fill(layer, whole)
-                    far = transfers.host((cut,), dtype)
+                    far = memory.take((cut,), dtype)
                     far.copy_(whole[:cut])
                     near = whole[cut:].clone() if cut else whole
                     self.near[layer : layer + 1], self.far[layer : layer + 1] = [near], [far]
@@ -59,7 +61,8 @@ class LayerWeights:
                 self.near, self.far = [], []
                 raise
             self.cut = cut
-        self.buffers = [torch.empty(cut, dtype=dtype, device=device) for _ in range(2)] if cut else []
+        if len(self.buffers) != (2 if cut else 0):
+            self.buffers = [torch.empty(cut, dtype=dtype, device=device) for _ in range(2 if cut else 0)]
 
     def bytes(self, cut: int) -> tuple[int, int]:
         """Bytes on device and host with ``cut`` elements of each layer streamed."""

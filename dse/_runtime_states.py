@@ -25,7 +25,14 @@ class Memory:
 
     def __init__(self, dtype: torch.dtype, transfers: Transfers | None) -> None:
         self.dtype, self.transfers = dtype, transfers
-        self.device_bytes = self.host_bytes = 0
+        self.device_bytes = 0
+        self.host_sizes: list[int] = []
+        """Bytes of each tensor on the host."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all tensors on the host."""
+        return sum(self.host_sizes)
 
     def device(self, *shape: int) -> torch.Tensor:
         """Memory of the device."""
@@ -37,7 +44,7 @@ class Memory:
     def host(self, *shape: int) -> torch.Tensor:
         """Memory of the host."""
         found = torch.empty(shape, dtype=self.dtype, device="meta") if self.transfers is None else self.transfers.host(shape, self.dtype)
-        self.host_bytes += found.numel() * found.element_size()
+        self.host_sizes.append(found.numel() * found.element_size())
         return found
 
 

@@ -5,7 +5,8 @@
         whole = runtime.generate(prompts, 32, TransferKV())
         split = runtime.generate(prompts, 32, SplitKV(split=600))
 
-Every plan gives the same tokens; what differs is the time of a step and the memory. Needs PyTorch: ``pip install 'memsplit[runtime]'``.
+Every plan gives the same tokens, in half precision but for those whose logits are closer than its rounding; what differs is the time of a
+step and the memory. Needs PyTorch: ``pip install 'memsplit[runtime]'``.
 The plans executed are those of KVPR (arXiv 2411.17089), HybridServe (arXiv 2501.01792) and FlexGen (arXiv 2303.06865).
 """
 
@@ -15,8 +16,9 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +27,8 @@ from ..models.checks import check_number, shown, whole
 from ..models.llm import LLMConfig
 from ..models.offload import WeightsOn, largest
 from ..models.units import GB
+from ._free_memory import free_memory
+from ._machine_kernels import usable_cores
 from ._runtime_plans import CachePlan, ExecutedPlan, FullKV, Placement, SplitKV, TransferKV
 from ._runtime_times import LayerTimes
 
@@ -106,7 +110,38 @@ def torch_or_way_out() -> Any:
         import torch
     except ImportError:
         raise ValueError("the runtime needs PyTorch: pip install 'memsplit[runtime]'") from None
+    except OSError as error:  # a library that it loads is broken or missing
+        raise ValueError(f"the runtime needs PyTorch, which cannot be loaded: {error}; install it again") from None
     return torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Needs:
+    """Bytes: what weights, state and buffers take on ``device`` and ``host``, what is taken beside, and what state takes of the host."""
+
+    device: int
+    working: int
+    host: int
+    host_beside: int
+    state: int
+
+
+def _checked_seed(seed: object) -> int:
+    found = whole("runtime", "seed", seed, "a seed", least=0)
+    if found > LARGEST_SEED:
+        raise ValueError(f"runtime: seed must be a whole number from 0 to {LARGEST_SEED}, not {shown(seed)}")
+    return found
+
+
+@contextmanager
+def _memory_said(torch: Any, planned: float, way_out: str) -> Iterator[None]:
+    """Memory that runs out is one sentence; every other error is what it is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error).lower() for text in OUT_OF_MEMORY):
+            raise ValueError(f"runtime: memory ran out, beyond the {planned / GB:.3g} GB planned for; {way_out}") from None
+        raise
 
 
 class Runtime:
@@ -131,19 +166,26 @@ class Runtime:
         device_capacity: float | None = None,
         host_capacity: float | None = None,
     ) -> None:
+        if not isinstance(llm, LLMConfig):
+            raise ValueError(f"runtime: llm must be an LLMConfig, not {shown(llm)}; take one of LLMS, or LLMConfig.from_hf(config.json)")
         if dtype not in DTYPES:
             raise ValueError(f"runtime: dtype must be one of {', '.join(DTYPES)}, not {shown(dtype)}")
         if device not in ("cpu", "cuda"):
             raise ValueError(f"runtime: device must be 'cpu' or 'cuda', not {shown(device)}")
+        if link is not None and not isinstance(link, EmulatedLink):
+            raise ValueError(f"runtime: link must be an EmulatedLink, not {shown(link)}; write EmulatedLink(bandwidth=...) [B/s]")
+        if weights is not None and not isinstance(weights, str | Path):
+            raise ValueError(f"runtime: weights must be the path of a folder, not {shown(weights)}")
         self.llm, self.threads = llm, whole("runtime", "threads", threads, "threads")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
-            raise ValueError(f"runtime: seed must be a whole number from 0 to {LARGEST_SEED}, not {shown(seed)}")
+        if self.threads > usable_cores():
+            raise ValueError(f"runtime: threads must be at most {usable_cores()}, the cores this process may use, not {self.threads}")
+        seed = _checked_seed(seed)
         for field, given in (("device_capacity", device_capacity), ("host_capacity", host_capacity)):
             if given is not None:
                 check_number("runtime", field, given, "B")
         torch = torch_or_way_out()
         if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("runtime: PyTorch finds no CUDA device here; run on device='cpu', with an EmulatedLink if you like")
+            raise ValueError("runtime: PyTorch finds no CUDA device here; run on a CPU, where the link can be emulated")
         if device == "cuda" and link is not None:
             raise ValueError("runtime: a CUDA device has a link of its own; leave link out")
         from ._runtime_decoder import Decoder
@@ -151,17 +193,19 @@ class Runtime:
         from ._runtime_modes import LayerWeights
         from ._runtime_weights import FolderWeights, RandomWeights
 
-        self._on_cuda = device == "cuda"
+        self._on_cuda, self._running_now = device == "cuda", Lock()
         place = torch.device("cuda", torch.cuda.current_device()) if self._on_cuda else torch.device("cpu")
-        free = _free_memory()
+        free = free_memory()
         near = torch.cuda.mem_get_info(place)[0] if self._on_cuda else free
         self._capacity = (near if device_capacity is None else device_capacity, free if host_capacity is None else host_capacity)
         self._shared = not self._on_cuda and device_capacity is None and host_capacity is None
         source = RandomWeights(llm, seed) if weights is None else FolderWeights(llm, Path(weights))
         kind = getattr(torch, dtype)
         self._outside_bytes = self._held_outside(kind.itemsize)
-        self._refuse(self._outside_bytes + llm.num_hidden_layers * source.layout.total * kind.itemsize, "the weights alone")
-        self._decoder = Decoder(llm, source.architecture, kind, place, source.outside(kind, place))
+        alone = self._outside_bytes + llm.num_hidden_layers * source.layout.total * kind.itemsize
+        self._refuse(alone, "the weights alone")
+        with _memory_said(torch, alone, "take a smaller LLM or a dtype of fewer bytes"):
+            self._decoder = Decoder(llm, source.architecture, kind, place, source.outside(kind, place))
         self._weights = LayerWeights(source, self._decoder)
         self._link: Transfers | None = (
             CudaTransfers(place) if self._on_cuda else EmulatedTransfers(float("inf") if link is None else link.bandwidth)
@@ -174,19 +218,27 @@ class Runtime:
         self.close()
 
     def close(self) -> None:
-        """End the link's threads and free the weights; a second time does nothing."""
-        if self._link is not None:
+        """End the link's threads and free the weights; a second time does nothing. Waits for a run in another thread."""
+        with self._running_now:
+            if self._link is None:
+                return
             self._link.close()
             self._link = None
             self._weights.near, self._weights.far, self._weights.buffers = [], [], []
             self._decoder.outside = {}
             if self._on_cuda:  # else PyTorch keeps what was freed, and the next LLM is refused
-                torch_or_way_out().cuda.empty_cache()
+                from ._runtime_link import free_cached
+
+                free_cached()
 
     def random_prompts(self, batch: int, tokens: int, *, seed: int = 0) -> NDArray[np.int64]:
         """Prompts [batch, tokens] of random tokens."""
         shape = (whole("runtime", "batch", batch, "prompts"), whole("runtime", "tokens", tokens, "tokens"))
-        return np.random.default_rng(seed).integers(0, self.llm.vocab_size, shape)
+        seed = _checked_seed(seed)
+        try:
+            return np.random.default_rng(seed).integers(0, self.llm.vocab_size, shape)
+        except (MemoryError, ValueError) as error:  # ValueError: more than an array can have
+            raise ValueError(f"runtime: {shape[0]} prompts of {shape[1]} tokens do not fit this machine's memory; ask for fewer") from error
 
     def generate(
         self, prompts: ArrayLike, generated: int, plan: ExecutedPlan | None = None, *, logits: bool = False, state: bool = False
@@ -199,33 +251,37 @@ class Runtime:
         torch = torch_or_way_out()
         link = self._opened()
         plan = FullKV() if plan is None else plan
+        if not isinstance(plan, ExecutedPlan):
+            names = ", ".join(kind.__name__ for kind in get_args(ExecutedPlan))
+            raise ValueError(f"runtime: the plan must be one of {names}, not {shown(plan)}; the library's own plans have from_plan")
         given = self._prompts(prompts)
         generated = whole("runtime", "generated", generated, "tokens")
         order, run = plan.run(len(given), given.shape[1], generated)
-        self._decoder.reach(run.rows)
-        needed = self._check(plan, run)
+        self._decoder.check_reach(run.rows)
+        needs = self._check(plan, run, kept=logits, looked_at=state)
         from ._runtime_modes import Execution
         from ._runtime_states import Memory
 
         cut = self._cut(plan)
-        with self._running(torch, needed[0], "serve fewer prompts"):
-            if self._on_cuda:
-                torch.cuda.reset_peak_memory_stats(self._decoder.device)
-            link.restart()
+        with self._running(torch, needs.device, "serve fewer prompts"):
+            link.restart(needs.state)
+            self._decoder.reach(run.rows)
             self._weights.place(cut, link)
+            if self._on_cuda:  # after what moved the weights
+                torch.cuda.reset_peak_memory_stats(self._decoder.device)
             memory = Memory(self._decoder.dtype, link)
             execution = Execution(self._decoder, self._weights, link, self._state(plan, memory, run), run)
             tokens = torch.from_numpy(given[order]).to(self._decoder.device)
             found = execution.generate(tokens, logits=logits, state=state)
             prefill, steps = link.elapsed(found.prefill), link.elapsed(found.steps)
             back = np.argsort(np.asarray(order))
-            peak = torch.cuda.max_memory_allocated(self._decoder.device) if self._on_cuda else needed[0]
+            peak = torch.cuda.max_memory_allocated(self._decoder.device) if self._on_cuda else needs.device
             return Generation(
                 tokens=found.tokens.cpu().numpy()[back],
                 prefill_seconds=prefill[0],
                 step_seconds=tuple(steps),
                 peak_device_bytes=int(peak),
-                peak_host_bytes=needed[1],
+                peak_host_bytes=needs.host,
                 link_bytes=link.sent("to_device") - found.sent,
                 link_rate=link.rate("to_device"),
                 logits=torch.stack(found.logits, dim=1).cpu().numpy()[back] if logits else None,
@@ -246,19 +302,24 @@ class Runtime:
         batch, context, repeats = (
             whole("runtime", name, value, name) for name, value in (("batch", batch), ("context", context), ("repeats", repeats))
         )
-        size = batch // whole("runtime", "gpu_batches", gpu_batches, "GPU batches")
+        gpu_batches = whole("runtime", "gpu_batches", gpu_batches, "GPU batches")
+        size = batch // gpu_batches
         if size * gpu_batches != batch:
             raise ValueError(f"runtime: {batch} requests cannot be divided into {gpu_batches} GPU batches; give a multiple")
-        decoder.reach(context + 1)
+        decoder.check_reach(context + 1)
         from ._runtime_modes import LayerBuffers, measure_layer
         from ._runtime_states import Memory
 
         buffers = LayerBuffers(Memory(decoder.dtype, None), decoder, size, context)
         cut = decoder.layout.cut(float(weights == "host"))
         near, far = self._weights.bytes(cut)
-        if short := self._short(self._outside_bytes + near + buffers.memory.device_bytes, far + buffers.memory.host_bytes):
+        planned = self._outside_bytes + near + buffers.memory.device_bytes + decoder.table_bytes(context + 1)
+        host = buffers.memory.host_sizes
+        if short := self._short(planned, far + sum(host)):
             raise ValueError(f"runtime: {short}; measure fewer requests or a shorter context")
-        with self._running(torch, self._outside_bytes + near + buffers.memory.device_bytes, "measure fewer requests or a shorter context"):
+        with self._running(torch, planned, "measure fewer requests or a shorter context"):
+            link.restart(sum(host))
+            decoder.reach(context + 1)
             self._weights.place(cut, link)
             buffers = LayerBuffers(Memory(decoder.dtype, link), decoder, size, context)
             return measure_layer(decoder, self._weights, link, buffers, gpu_batches, repeats)
@@ -283,18 +344,17 @@ class Runtime:
 
     @contextmanager
     def _running(self, torch: Any, planned: float, way_out: str) -> Iterator[None]:
-        """With this runtime's threads, which are PyTorch's and the process's, and are put back; memory that runs out is a ValueError."""
+        """With this runtime's threads, which are PyTorch's and the process's, and are put back; for one caller at a time."""
+        if not self._running_now.acquire(blocking=False):
+            raise ValueError("runtime: it is running in another thread; make a runtime for each thread, or wait")
         before = torch.get_num_threads()
-        torch.set_num_threads(before if self._on_cuda else self.threads)
         try:
-            with torch.inference_mode():
+            torch.set_num_threads(before if self._on_cuda else self.threads)
+            with torch.inference_mode(), _memory_said(torch, planned, way_out):
                 yield
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error).lower() for text in OUT_OF_MEMORY):
-                raise ValueError(f"runtime: memory ran out, beyond the {planned / GB:.3g} GB planned for; {way_out}") from None
-            raise
         finally:
             torch.set_num_threads(before)
+            self._running_now.release()
 
     def _cut(self, plan: ExecutedPlan) -> int:
         return self._decoder.layout.cut(plan.streamed)
@@ -324,25 +384,42 @@ class Runtime:
 
         return size * sum(int(np.prod(shape)) for shape in outside_shapes(self.llm).values())
 
-    def _bytes(self, plan: ExecutedPlan, run: Run) -> tuple[int, int, int]:
-        """Bytes held on the device and on the host, and an estimate of what the widest products take on the device beside."""
+    def _needs(self, plan: ExecutedPlan, run: Run, *, kept: bool = False, looked_at: bool = False) -> _Needs:
+        """What a plan takes; ``kept``: with all logits, ``looked_at``: with the state that is given back."""
+        from ._runtime_link import aligned, pinned_bytes
         from ._runtime_states import Memory
 
         counted = Memory(self._decoder.dtype, None)
         self._state(plan, counted, run)
-        near, far = self._weights.bytes(self._cut(plan))
+        cut = self._cut(plan)
+        near, far = self._weights.bytes(cut)
         llm, size = self.llm, self._decoder.dtype.itemsize
-        wide = 4 * llm.hidden_size + 2 * llm.num_attention_heads * llm.head_dim + (1 + llm.gated_ffn) * llm.intermediate_size
+        # Of all tokens of a GPU batch: the inputs and outputs of a layer and of its norms, queries, what they see, and the FFN.
+        wide = 6 * llm.hidden_size + 4 * llm.num_attention_heads * llm.head_dim + (1 + llm.gated_ffn) * llm.intermediate_size
         working = run.prompt * max(run.sizes) * wide * size + sum(run.sizes) * llm.vocab_size * (size + 4)
-        return self._outside_bytes + near + counted.device_bytes, far + counted.host_bytes, working
+        working += self._decoder.table_bytes(run.rows)
+        working += kept * 2 * sum(run.sizes) * run.generated * llm.vocab_size * 4
+        # Kept, put together, and made single precision.
+        copies = looked_at * llm.num_hidden_layers * run.rows * sum(run.sizes) * 2 * self._decoder.key_width * (2 * size + 4)
+        pinned = pinned_bytes(counted.host_sizes) + pinned_bytes([cut * size] * llm.num_hidden_layers) if self._on_cuda else 0
+        host = far + counted.host_bytes
+        return _Needs(
+            device=self._outside_bytes + near + counted.device_bytes,
+            working=working,
+            host=host,
+            host_beside=max(pinned - host, 0) + copies,
+            state=sum(map(aligned, counted.host_sizes)),
+        )
 
     def _fits(self, plan: ExecutedPlan, batch: int, prompt: int, generated: int) -> bool:
         try:
             _, run = plan.run(batch, prompt, generated)
         except ValueError:
             return False
-        device, host, working = self._bytes(plan, run)
-        return not self._short(device + working, host)
+        return not self._lacking(self._needs(plan, run))
+
+    def _lacking(self, needs: _Needs) -> str:
+        return self._short(needs.device + needs.working, needs.host + needs.host_beside)
 
     def _short(self, device: float, host: float) -> str:
         near, far = self._capacity
@@ -356,12 +433,14 @@ class Runtime:
         if self._shared and (short := self._short(device, 0.0)):
             raise ValueError(f"runtime: {what}: {short}; take a smaller LLM or a dtype of fewer bytes")
 
-    def _check(self, plan: ExecutedPlan, run: Run) -> tuple[int, int]:
-        """What the plan holds on device and host [B]; ValueError if that does not fit, with what does."""
-        device, host, working = self._bytes(plan, run)
-        short = self._short(device + working, host)
+    def _check(self, plan: ExecutedPlan, run: Run, *, kept: bool, looked_at: bool) -> _Needs:
+        """What the plan needs; ValueError if there is less, with what fits."""
+        needs = self._needs(plan, run, kept=kept, looked_at=looked_at)
+        short = self._lacking(needs)
         if not short:
-            return device, host
+            return needs
+        if not self._lacking(self._needs(plan, run)):
+            raise ValueError(f"runtime: {short}; leave out logits and state, which are what is too much")
         batch, parts = sum(run.sizes), plan.parts
         fewer = parts * largest(lambda n: self._fits(plan, n * parts, run.prompt, run.generated), batch // parts - 1)
         shorter = largest(lambda n: self._fits(plan, batch, n, run.generated), run.prompt - 1)
@@ -380,14 +459,3 @@ class Runtime:
         together: NDArray[np.float32] = torch.stack(layers).float().numpy()
         shape = (*together.shape[:3], self.llm.num_key_value_heads, self.llm.head_dim)
         return together[:, :, back].reshape(shape)
-
-
-def _free_memory() -> int | None:
-    """Bytes that Linux says programs may still take; None where it does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None

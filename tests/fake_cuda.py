@@ -86,6 +86,8 @@ class FakeCuda:
         self.shared: set[int] = set()
         """Memory of the device that another stream than its owner has used: looked at before every operation."""
         self.operations = 0
+        self.peak: int | None = None
+        """Most bytes of the device in use at once, from when it is set to 0."""
         self.races: list[str] = []
         self.syncs: list[str] = []
         self.device_only = self.pinned = False
@@ -97,8 +99,8 @@ class FakeCuda:
             "is_available": lambda: True,
             "current_device": lambda: 0,
             "mem_get_info": lambda place=None: (self.memory, self.memory),
-            "reset_peak_memory_stats": lambda place=None: None,
-            "max_memory_allocated": lambda place=None: self.allocated(),
+            "reset_peak_memory_stats": lambda place=None: self.reset_peak(),
+            "max_memory_allocated": lambda place=None: self.allocated() if self.peak is None else self.peak,
             "empty_cache": lambda: None,
             "synchronize": lambda place=None: [self.wait(stream, "synchronize") for stream in self.clocks if stream != HOST],
             "Stream": lambda place=None: self.new_stream(),
@@ -111,6 +113,7 @@ class FakeCuda:
             "get_device_properties": lambda place=None: SimpleNamespace(multi_processor_count=4, L2_cache_size=2**20),
         }.items():
             patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch.accelerator, "empty_host_cache", lambda: None, raising=False)
         patch.setattr(torch, "Generator", _Generator)
         patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.of(tensor).recorded.add(stream.number))
         self._stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -165,6 +168,10 @@ class FakeCuda:
             found = Held(StorageWeakRef(storage), near=self.device_only, pinned=self.pinned, owner=self.current)
             self.held[storage._cdata] = found
         return found
+
+    def reset_peak(self) -> None:
+        if self.peak is not None:
+            self.peak = self.allocated()
 
     def allocated(self) -> int:
         """Bytes of the device that are in use."""
@@ -243,6 +250,8 @@ class _Access(TorchDispatchMode):
         for one in fresh:
             cuda.of(one)
         cuda.device_only = before
+        if cuda.peak is not None:
+            cuda.peak = max(cuda.peak, cuda.allocated())
         actor = cuda.current if near else HOST
         cuda.tick(actor)
         for one in read:

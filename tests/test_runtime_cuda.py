@@ -102,6 +102,44 @@ def test_a_gpu_is_profiled_without_a_race(monkeypatch):
     assert not cuda.races
 
 
+PLACED = Placement(weights=0.5, cache=0.5, hidden=0.5, gpu_batches=2)
+
+
+@pytest.mark.parametrize("llm", [TINY_OPT, TINY_LLAMA], ids=["OPT", "Llama"])
+@pytest.mark.parametrize("plan", [FullKV(), TransferKV(weights="host"), SplitKV(split=100), BLOCKS, PLACED])
+def test_no_more_memory_is_taken_than_was_planned(llm, plan):
+    """Of the device, prefill of long prompts included, after weights were elsewhere."""
+    with FakeCuda() as cuda, Runtime(llm, device="cuda") as runtime:
+        prompts = runtime.random_prompts(REQUESTS, 120)
+        runtime.generate(prompts[:1, :1], 1, FullKV(weights="gpu" if plan.streamed else "host"))
+        cuda.peak = 0
+        found = runtime.generate(prompts, GENERATED, plan)
+        _, run = plan.run(REQUESTS, 120, GENERATED)
+        needs = runtime._needs(plan, run)
+    assert needs.device < found.peak_device_bytes <= needs.device + needs.working
+    assert found.peak_device_bytes == cuda.peak
+
+
+def test_pinned_memory_is_used_again_and_given_back():
+    """Runs of one size pin once; a larger one gives back what it cannot use."""
+    made = []
+    with FakeCuda(), Runtime(TINY_OPT, device="cuda") as runtime:
+        arena = runtime._link._arena
+        make = arena.make
+        arena.make = lambda nbytes: [made.append(nbytes), make(nbytes)][1]
+        prompts = runtime.random_prompts(REQUESTS, PROMPT)
+        plan = TransferKV()
+        _, run = plan.run(REQUESTS, PROMPT, GENERATED)
+        for _ in range(3):
+            runtime.generate(prompts, GENERATED, plan)
+        first = list(made)
+        assert 0 < sum(first) == arena.held
+        needs = runtime._needs(plan, run)
+        assert arena.held == needs.host + needs.host_beside
+        runtime.generate(prompts, 2 * GENERATED, SplitKV(split=PROMPT))
+        assert sum(made[len(first) :]) == arena.held > sum(first)
+
+
 # Controls: the device that is not there notices what is missing
 
 
