@@ -15,7 +15,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -146,20 +146,25 @@ def check_writable(path: str | Path) -> Path:
         raise ValueError(
             f"cannot write {path}: its designs are written to that name; choose another --out, as in {path.with_suffix('.csv')}"
         )
-    beside = path.with_suffix(".json")
-    if beside.exists():
-        try:
-            ours = "memsplit" in _load(beside)
-        except ValueError:
-            ours = False
-        if not ours:
-            raise ValueError(f"cannot write {path}: {beside} is there and is no file of memsplit; choose another --out")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"cannot write {path}: it is there and is no file; choose another --out")
     with _one_sentence(path):
+        _check_beside(path)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"cannot write {path}: it is there and is no file; choose another --out")
         _part(path).touch()
         _part(path).unlink()
     return path
+
+
+def _check_beside(path: Path) -> None:
+    beside = path.with_suffix(".json")
+    if not beside.exists():
+        return
+    try:
+        ours = "memsplit" in _load(beside)
+    except ValueError:
+        ours = False
+    if not ours:
+        raise ValueError(f"cannot write {path}: {beside} is there and is no file of memsplit; choose another --out")
 
 
 def read_designs(path: str | Path) -> dict[str, Any]:
@@ -299,12 +304,12 @@ def _write(path: str | Path, frame: pd.DataFrame, provenance: Mapping[str, Any] 
     except ValueError as error:
         _write_table(path, frame)
         raise ValueError(f"{path} is written, but not the designs beside it: {error}") from None
-    if written or settings:
-        with replacing(path.with_suffix(".json")) as temporary:
-            _dump(temporary, document)
     if written:
         frame = frame.assign(design=frame["trial"].map({trial: _key(data) for trial, data in written.items()}))
-    _write_table(path, frame)
+    with ExitStack() as both:  # if one cannot be written, the other stays what it was
+        if written or settings:
+            _dump(both.enter_context(replacing(path.with_suffix(".json"))), document)
+        _write_table(path, frame)
     return path
 
 

@@ -227,3 +227,25 @@ def test_names_and_questions_of_studies_stand_in_columns(capsys):
     starts = {line.index(line[len(name) :].strip()) for name, line in zip(names, lines, strict=True)}
     assert len(starts) == 1
     assert starts.pop() >= max(map(len, names)) + 2
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_sentence():
+    code = (
+        "import sys, builtins\n"
+        "before = builtins.__import__\n"
+        "def interrupted(name, *args, **kwargs):\n"
+        "    if name == 'pandas':\n"
+        "        raise KeyboardInterrupt\n"
+        "    return before(name, *args, **kwargs)\n"
+        "builtins.__import__ = interrupted\n"
+        "from memsplit.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (130, "")
+    assert found.stderr == "memsplit: interrupted; nothing was written\n"
+
+
+def test_the_package_is_the_command():
+    found = subprocess.run([sys.executable, "-m", "memsplit", "--version"], capture_output=True, text=True)
+    assert found.stdout.startswith("memsplit 0.")

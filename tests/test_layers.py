@@ -104,9 +104,9 @@ def found(path: Path, lines: list[str]) -> str:
 
 @each_file
 def test_imports_point_left(path: Path):
-    """models <- solvers <- dse <- studies: a layer never imports one to its right, and memsplit itself imports none."""
+    """models <- solvers <- dse <- studies: a layer never imports one to its right, and memsplit itself imports none but for its command."""
     layer = layer_of(package_of(path))
-    allowed = LAYERS[: LAYERS.index(layer) + 1] if layer else ()
+    allowed = LAYERS[: LAYERS.index(layer) + 1] if layer else ("dse",) if path.name == "__main__.py" else ()
     wrong = [f"{i.line} imports {i.module}" for i in imports(path) if layer_of(i.module) and layer_of(i.module) not in allowed]
     assert not wrong, found(path, wrong)
 

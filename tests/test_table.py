@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -415,3 +416,24 @@ def test_what_a_file_cannot_hold_is_one_sentence(tmp_path: Path, name, value):
 
 def test_messages_of_other_libraries_become_one_line():
     assert _one_line("first\n  second line.\n") == "first second line"
+
+
+def test_a_table_that_cannot_be_written_leaves_the_settings_beside_it(tmp_path, monkeypatch):
+    """New settings beside an older table would describe it wrongly."""
+    path = tmp_path / "a.csv"
+    write_csv(path, pd.DataFrame({"x": [1]}), provenance={"settings": 1})
+    before = path.read_bytes(), path.with_suffix(".json").read_bytes()
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(ValueError, match="No space left on device; choose another --out"):
+        write_csv(path, pd.DataFrame({"x": [2]}), provenance={"settings": 2})
+    assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == before
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.csv", "a.json"]
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="File name too long; choose another --out"):
+        check_writable(tmp_path / ("a" * 300 + ".csv"))
