@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..models.cache_ratio import BLOCK, LinearTime, RatioLayer
@@ -10,8 +9,8 @@ from ..models.checks import whole
 from ..models.overlap import chunked, fluid
 from ._runtime_plans import SplitKV, TransferKV
 
-SETTLING = 8
-"""Units after which a replay is in its steady state, where slots and buffers are two deep."""
+SETTLING = 256
+"""Units of a replay before its last step: what the first loads are late by, a unit's or two, has then been made up but for 1/100."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,53 +38,78 @@ class LayerTimes:
         """Seconds of a decode step by the closed forms of ``models.overlap``: the last layer's computation has ``outside``, too.
 
         ``context``: tokens of state, those measured unless given; transfers of state and recomputation grow with it, ``compute`` is taken
-        as measured. With one layer and one GPU batch nothing is sent ahead, so that nothing hides the computation.
+        as measured. With one layer and one GPU batch only weights are sent ahead of the computation, and those only without a barrier,
+        because the rest needs the token: ``compute`` is beside nothing else, ``outside`` beside the loads of the next step.
         """
         share, scale, chunks = self._shape(plan, context)
         seconds = {name: getattr(self, name) * scale for name in ("kv", "act", "recompute")}
         streams = plan.weights == "host"
-        weights = self.weights if streams else 0.0
+        weights, first = (self.weights, self.first) if streams else (0.0, None)
 
         def layer(compute: float) -> float:
             if not chunks:
                 return float(fluid(share, **seconds, weights=weights, compute=compute, batches=self.gpu_batches))
-            first = self.first if streams else None
             return float(chunked(share, chunks=chunks, **seconds, weights=weights, first=first, compute=compute, batches=self.gpu_batches))
 
-        if self.layers * self.gpu_batches == 1:
-            return layer(0.0) + self.compute + self.outside
-        return (self.layers - 1) * layer(self.compute) + layer(self.compute + self.outside / self.gpu_batches)
+        if self.layers * self.gpu_batches > 1:
+            return (self.layers - 1) * layer(self.compute) + layer(self.compute + self.outside / self.gpu_batches)
+        if not chunks:
+            chunks, weights, first = self._parts(plan), max(weights - self.compute, 0.0), 0.0
+        return self.compute + layer(self.outside)
 
     def replay(self, plan: SplitKV | TransferKV, context: int | None = None) -> float:
-        """Seconds of a decode step, event by event as the runtime executes it: the link, the GPU, and what each waits for."""
+        """Seconds of a decode step, event by event as the runtime executes it: the link, the GPU, and what each waits for.
+
+        The loads of a unit, one layer of one GPU batch, begin with the unit before it; with a barrier when that one's state is complete;
+        if there is no other unit, when it has been computed. Weights precede the loads of a layer's first unit with a barrier; without
+        one each unit sends its share of the next layer's, behind the loads of the next unit. Stores of new tokens are left out.
+        """
         share, scale, chunks = self._shape(plan, context)
-        kv, act, recompute = (getattr(self, name) * scale for name in ("kv", "act", "recompute"))
-        parts = max(chunks, plan.chunks if isinstance(plan, SplitKV) and share else 1)
-        streams = plan.weights == "host"
-        first, rest = (self.first, self.weights - self.first) if streams else (0.0, 0.0)
-        units = self.layers * self.gpu_batches
-        link = gpu = complete = begun = 0.0
+        parts, barrier, units = self._parts(plan) if share else 0, chunks > 0, self.layers * self.gpu_batches
+        kv, act, recompute = ((1 - share) * self.kv * scale, *(share * time * scale for time in (self.act, self.recompute)))
+        streams = plan.weights == "host" and self.weights > 0
+        first, rest = (self.first, self.weights - self.first) if streams and barrier else (0.0, 0.0)
+        link = gpu = 0.0
+
+        def loads(unit: int) -> tuple[float, list[float], float]:
+            """When the weights that recomputation needs, each part of the inputs, and all that a unit needs have arrived."""
+            begins_layer = unit % self.gpu_batches == 0
+            early = at = max(link, gpu) + (first if begins_layer else 0.0)
+            inputs = [at := at + act / parts for _ in range(parts)]
+            return early, inputs, at + (rest if begins_layer else 0.0) + kv
+
+        pending = loads(0)
+        link = arriving = pending[2] + (self.weights if streams and not barrier else 0.0)
         ends = []
-        steps = max(3, -(-SETTLING // units) + 1)
-        for unit in range(steps * units):
-            new_layer = unit % self.gpu_batches == 0
-            # With a barrier loads begin when the unit before is complete, else when the one before that has been computed.
-            link = max(link, gpu if units == 1 else complete if chunks else begun)
-            begun = gpu
-            link += first if new_layer else 0.0
-            link += rest if new_layer and not chunks else 0.0
-            ready = max(gpu, link)
-            for _ in range(parts if share else 0):
-                link += act * share / parts
-                ready = max(ready, link) + recompute * share / parts
-            link += rest if new_layer and chunks else 0.0
-            link += kv * (1 - share)
-            complete = max(ready, link)
-            gpu = complete + self.compute
+        for unit in range(units * max(3, -(-SETTLING // units) + 1)):
+            early, inputs, complete = pending
+            if not barrier:
+                arrived = arriving
+                if units > 1:
+                    pending = loads(unit + 1)
+                    link = pending[2]
+                if streams:
+                    link = arriving = max(link, gpu) + self.weights / self.gpu_batches
+                    gpu = max(gpu, arrived) if unit % self.gpu_batches == 0 else gpu
+            gpu = max(gpu, early)
+            for arrival in inputs:
+                gpu = max(gpu, arrival) + recompute / parts
+            gpu = max(gpu, complete)
+            if barrier and units > 1:
+                pending = loads(unit + 1)
+                link = pending[2]
+            gpu += self.compute
+            if units == 1:
+                pending = loads(0)
+                link = pending[2]
             if unit % units == units - 1:
                 gpu += self.outside
                 ends.append(gpu)
         return ends[-1] - ends[-2]
+
+    def _parts(self, plan: SplitKV | TransferKV) -> int:
+        """In how many parts the inputs are sent and recomputed."""
+        return plan.chunks if isinstance(plan, SplitKV) else 1
 
     def _shape(self, plan: SplitKV | TransferKV, context: int | None) -> tuple[float, float, int]:
         """Share of tokens recomputed, what times are multiplied with, and chunks (0: fluid)."""
@@ -112,8 +136,3 @@ class LayerTimes:
             load_act=LinearTime(slope=self.act * share),
             generate=LinearTime(slope=self.recompute * share),
         )
-
-    @property
-    def ratios(self) -> tuple[float, float, float]:
-        """act / kv, recompute / kv and compute / kv: what decides whether recomputing pays."""
-        return (self.act / self.kv, self.recompute / self.kv, self.compute / self.kv) if self.kv else (math.inf,) * 3

@@ -7,13 +7,16 @@ from pathlib import Path
 import pandas as pd
 
 from memsplit.dse import show
-from memsplit.studies._run_plans import CASE, verdicts
+from memsplit.studies._run_plans import SMALL, TINY
+from memsplit.studies._run_verdicts import CASE, verdicts
 
 MEASURED = Path(__file__).parent / "measured"
 """Where these tables are; without one, nothing is shown."""
 
 NEEDED = {
     *CASE,
+    "device",
+    "link_kind",
     "driver",
     "torch",
     "date",
@@ -26,21 +29,41 @@ NEEDED = {
     "best",
     "predicted_best",
 }
+LEAST_RUNS = 5
+"""Of each plan, for a spread that is worth printing beside a published number."""
+
+OWN = (SMALL.name, TINY.name)
+"""LLMs that no paper measured."""
+
 BESIDE = ("decode latency cut against HF Accelerate", "decode throughput gain over FlexGen")
 """The numbers of KVPR (arXiv 2411.17089) that ours are shown beside."""
 
 
-def measured_runs(folder: Path = MEASURED) -> pd.DataFrame:
-    """A row for each case of each table in ``folder``; empty if there is none. ValueError for a table of another kind."""
-    rows = []
+def measured_runs(folder: Path = MEASURED) -> tuple[pd.DataFrame, list[str]]:
+    """A row for each case of each table in ``folder`` that a GPU ran over a real link, and what is left out of which file; empty if there
+    is none. ValueError for a table of another kind."""
+    rows, left = [], []
     for path in sorted(folder.glob("*.csv")):
         frame = pd.read_csv(path, dtype={"driver": str, "torch": str})
         if missing := sorted(NEEDED - set(frame)):
             raise ValueError(
                 f"{path}: columns {', '.join(missing)} are missing; put only tables of run_recompute_split and run_cache_ratio there"
             )
+        shown = frame[
+            (frame["device"] == "cuda")
+            & (frame["link_kind"] == "real")
+            & (pd.to_numeric(frame["runs"], errors="coerce") >= LEAST_RUNS)
+            & frame["driver"].notna()
+            & ~frame["llm"].isin(OWN)
+        ]
+        if len(shown) < len(frame):
+            left.append(f"{path.name} ({len(frame) - len(shown)} of {len(frame)} rows)")
+        if (shown.groupby(CASE)[["chosen", "best", "predicted_best"]].sum() != 1).any(axis=None):
+            raise ValueError(
+                f"{path}: each case must have one chosen, one best and one predicted_best row; put tables there as they were written"
+            )
         decision = "split" if "split" in frame else "act_share"
-        for one in verdicts(frame):
+        for one in verdicts(shown):
             first = one.baseline
             rows.append(
                 {"file": path.name, "device_name": first["device_name"]}
@@ -50,12 +73,14 @@ def measured_runs(folder: Path = MEASURED) -> pd.DataFrame:
                 | {"regret_pct": 100 * one.regret, "tie": one.tie, "median_error_pct": 100 * one.error}
                 | {name: first[name] for name in ("runs", "torch", "driver", "date")}
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows), left
 
 
 def show_measured(published: pd.DataFrame, folder: Path = MEASURED) -> None:
-    """Print our measurements and KVPR's numbers; nothing if there are none of ours."""
-    ours = measured_runs(folder)
+    """Print our measurements and KVPR's numbers, and what of ours is left out; nothing if there are none of ours."""
+    ours, left = measured_runs(folder)
+    if left:
+        print(f"Left out, as not of a published LLM on CUDA with driver, real link and {LEAST_RUNS} runs or more: {', '.join(left)}.")
     if ours.empty:
         return
     show(ours, title="Our own measurements: the chosen plan against the overlapped transfer of all keys and values, decode steps only")

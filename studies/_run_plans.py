@@ -1,13 +1,14 @@
-"""What the studies that run plans share: their options, the interleaved runs, and the comparison of predicted and measured times."""
+"""What the studies that run plans share: their options, the interleaved runs, and the table that is written after each case."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -19,21 +20,22 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from memsplit import __version__
-from memsplit.dse import check_same_machine, finished_rows, positive, show, write_csv
+from memsplit.dse import INTERRUPTED, check_same_machine, finished_rows, positive, write_csv
 from memsplit.dse import machine as profiles
-from memsplit.dse.runtime import EmulatedLink, ExecutedPlan, LayerTimes, Runtime
+from memsplit.dse.runtime import EmulatedLink, ExecutedPlan, Generation, LayerTimes, Runtime
 from memsplit.models import LLMConfig, System, Workload
+from memsplit.models.offload import WeightsOn
 from memsplit.models.presets import LLMS, llm_named, system_named
 from memsplit.models.units import GB
 
 GENERATED = 7
 """Tokens of a run: the first decode step waits for loads that nothing hides, five are looked at."""
 
+LEAST_RUNS = 3
+"""Of each plan: fewer have no spread, without which noise would be called regret."""
+
 REPEATS = 15
 """Runs of each part of a layer that a prediction is made from."""
-
-BUSY = 10.0
-"""Per cent by which parts of a layer may change during the runs before it is said: what a prediction should be off by at most."""
 
 SMALL = replace(
     LLMS["opt-125m"],
@@ -74,7 +76,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, nargs="+", help="requests (default: 32 on a CPU, 8 to 64 on CUDA)")
     parser.add_argument("--contexts", type=positive, nargs="+", help="tokens a prompt (default: 256 and 512, on CUDA 512 to 4096)")
     parser.add_argument("--points", type=positive, default=9, help="plans of a sweep, beside the chosen one (default: %(default)s)")
-    parser.add_argument("--runs", type=positive, help="runs of each plan (default: 3 on a CPU, 5 on CUDA)")
+    parser.add_argument("--runs", type=positive, help=f"runs of each plan, at least {LEAST_RUNS} (default: 3 on a CPU, 5 on CUDA)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float32 on a CPU, float16 on CUDA)")
     parser.add_argument("--link-GBps", type=float, metavar="GB/s", help="the link that is emulated on a CPU (default: 1)")
     parser.add_argument("--threads", type=positive, default=1, help="threads of a CPU that compute (default: %(default)s)")
@@ -103,6 +105,11 @@ class Settings:
         device, on_cuda, quick = arguments.device, arguments.device == "cuda", arguments.quick
         if on_cuda and arguments.link_GBps is not None:
             raise ValueError("--link-GBps: a CUDA device has a link of its own; leave it out")
+        runs = arguments.runs or (5 if on_cuda else 3)
+        if runs < LEAST_RUNS:
+            raise ValueError(
+                f"--runs must be at least {LEAST_RUNS}, not {runs}, as regret counts beyond the runs' spread; run each more often"
+            )
         link = None if on_cuda else EmulatedLink(bandwidth=GB * (1.0 if arguments.link_GBps is None else arguments.link_GBps))
         llms, batches, contexts = QUICK if quick else DEFAULTS[device]
         if arguments.llm:
@@ -116,13 +123,23 @@ class Settings:
             batches=tuple(dict.fromkeys(arguments.batch or batches)),
             contexts=contexts,
             points=min(arguments.points, 2) if quick else arguments.points,
-            runs=arguments.runs or (5 if on_cuda else 3),
+            runs=runs,
             dtype=arguments.dtype or ("float16" if on_cuda else "float32"),
             link=link,
             threads=arguments.threads,
             sheet=_sheet(arguments.machine),
             seed=arguments.seed,
         )
+
+    @property
+    def most_runs(self) -> int:
+        """Runs of a case at most: the plans of the sweep and the chosen one, each once more to warm up."""
+        return (self.points + 1) * (self.runs + 1)
+
+    @property
+    def cases(self) -> list[tuple[LLMConfig, int, int]]:
+        """LLM, batch and context of each case."""
+        return [(llm, batch, context) for llm in self.llms for batch in self.batches for context in self.contexts]
 
     def columns(self) -> dict[str, Any]:
         """What every row says of the machine and of the study."""
@@ -173,6 +190,8 @@ class Case:
     settings: Settings
     batch: int
     context: int
+    bar: Any = None
+    """A progress bar, which a run moves on by the case's weight."""
 
     @property
     def tokens(self) -> int:
@@ -199,13 +218,13 @@ class Case:
         bits = 8 * self.size
         return Workload(llm=self.llm, batch=self.batch, context=self.tokens, weight_bits=bits, kv_bits=bits, activation_bits=bits)
 
-    def layer_times(self) -> LayerTimes:
-        """The parts of a layer, measured."""
-        return self.runtime.layer_times(self.batch, self.context, repeats=REPEATS)
+    def layer_times(self, weights: WeightsOn) -> LayerTimes:
+        """The parts of a layer, measured with all weights where the plans have them."""
+        return self.runtime.layer_times(self.batch, self.context, weights=weights, repeats=REPEATS)
 
-    def drift(self, before: LayerTimes) -> float:
+    def drift(self, before: LayerTimes, weights: WeightsOn) -> float:
         """By what share the parts that decide have changed since ``before`` at most: measured again."""
-        again = self.layer_times()
+        again = self.layer_times(weights)
         pairs = [(getattr(before, part), getattr(again, part)) for part in ("kv", "act", "recompute", "compute")]
         return max(max(pair) / min(pair) - 1 if min(pair) > 0 else 0.0 for pair in pairs)
 
@@ -227,209 +246,208 @@ class Case:
             "act_s": times.act,
             "recompute_s": times.recompute,
             "compute_s": times.compute,
+            "rounding": rounding(self.llm, self.settings.dtype),
             "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         }
 
 
 def case_name(llm: LLMConfig, batch: int, context: int) -> str:
     """For sentences."""
-    return f"{llm.name}, {_layers(llm.num_hidden_layers)}, batch {batch}, context {context}"
+    return f"{llm.name}, {layers_name(llm.num_hidden_layers)}, batch {batch}, context {context}"
 
 
-def _layers(count: int) -> str:
+def layers_name(count: int) -> str:
+    """For sentences."""
     return f"{count} layer{'s' if count > 1 else ''}"
+
+
+def case_weight(llm: LLMConfig, batch: int, context: int) -> int:
+    """Elements of state, about which the time of a run grows: what a progress bar counts."""
+    return llm.num_hidden_layers * llm.state_elements * batch * context
+
+
+def rounding(llm: LLMConfig, dtype: str) -> float:
+    """By how many of their standard deviations logits may be apart when sums are rounded in another order: an estimate.
+
+        8 sqrt(16 layers) u      u = 2^-11 for float16, 2^-8 for bfloat16, 2^-24 sqrt(intermediate_size) for float32
+
+    Sixteen roundings a layer by u, each as likely up as down; eight is what the most of some million numbers are off. Products of halves
+    are added in single precision and rounded once; in single precision each of a sum's additions is rounded.
+    """
+    unit = {"float16": 2**-11, "bfloat16": 2**-8}.get(dtype, 2**-24 * math.sqrt(llm.intermediate_size))
+    return 8 * math.sqrt(16 * llm.num_hidden_layers) * unit
+
+
+def _apart(run: Generation, reference: Generation) -> dict[str, float | None]:
+    """How far the logits of two runs are apart while all tokens before are equal, and by how much the reference's token led the one that
+    the other run chose in its place; both in standard deviations of logits, the lead None where no token differs."""
+    if run.logits is None or reference.logits is None or not (np.isfinite(run.logits).all() and np.isfinite(reference.logits).all()):
+        raise ValueError("logits are not finite numbers, so that tokens say nothing; choose a --dtype of a wider range, as bfloat16")
+    differs = run.tokens != reference.tokens
+    alike = np.cumsum(differs, axis=1) - differs == 0
+    scale = float(reference.logits.std())
+    found = np.abs(run.logits - reference.logits).max(axis=-1)[alike].max()
+    first = alike & differs
+    there, here = (np.take_along_axis(reference.logits, one.tokens[..., None], axis=-1)[..., 0][first] for one in (reference, run))
+    return {"logits_off": float(found) / scale, "token_lead": float((there - here).max()) / scale if first.any() else None}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Runs:
-    """What the runs of one plan gave: median decode steps, tokens, and the largest memory peak."""
+    """What the runs of one plan gave: tokens and comparison of the warm-up, whether the later ones gave them again, median decode steps,
+    and the largest memory peak."""
 
     tokens: NDArray[np.int64]
+    apart: dict[str, float | None]
     seconds: list[float]
-    peak: int
+    stable: bool = True
+    peak: int = 0
 
 
-def measured(case: Case, plans: Sequence[ExecutedPlan], *, reference: int = 0) -> list[dict[str, Any]]:
+def measured(case: Case, plans: Sequence[ExecutedPlan]) -> list[dict[str, Any]]:
     """The measured columns of each plan: a warm-up of all plans, then rounds in which each plan runs once, in random order.
 
     A run's time is the median of its decode steps after the first; a plan's the median of its runs, with their interquartile range as
-    ``spread_s``. ``tokens_equal``: whether a plan's tokens were in every run those of plan ``reference`` in the warm-up.
+    ``spread_s``. ``tokens_stable``: whether every run of a plan gave the tokens of its warm-up; ``tokens_equal``: and whether those are
+    the first plan's; how far the logits of the warm-ups are apart: ``logits_off`` and ``token_lead``, see ``_apart``.
     """
-    runtime, settings = case.runtime, case.settings
-    prompts = runtime.random_prompts(case.batch, case.context, seed=settings.seed)
+    settings = case.settings
+    prompts = case.runtime.random_prompts(case.batch, case.context, seed=settings.seed)
     random = np.random.default_rng(settings.seed)
-    found: dict[int, _Runs] = {}
-    rounds = [(turn, index) for turn in range(settings.runs + 1) for index in random.permutation(len(plans)).tolist()]
-    equal = dict.fromkeys(range(len(plans)), True)
-    for turn, index in tqdm(rounds, desc=case.name, unit="run", leave=False, disable=None):
-        run = runtime.generate(prompts, GENERATED, plans[index])
-        if not turn:
-            found[index] = _Runs(tokens=run.tokens, seconds=[], peak=run.peak_device_bytes)
-            continue
-        one = found[index]
-        one.seconds.append(statistics.median(run.step_seconds[1:]))
-        one.peak = max(one.peak, run.peak_device_bytes)
-        equal[index] &= bool(np.array_equal(run.tokens, one.tokens))
+
+    def generate(plan: ExecutedPlan, logits: bool = False) -> Generation:
+        run = case.runtime.generate(prompts, GENERATED, plan, logits=logits)
+        if case.bar is not None:
+            case.bar.update(case_weight(case.llm, case.batch, case.context))
+        return run
+
+    reference = generate(plans[0], logits=True)
+    found = [_Runs(tokens=reference.tokens, apart=_apart(reference, reference), seconds=[])]
+    for plan in plans[1:]:
+        run = generate(plan, logits=True)
+        found.append(_Runs(tokens=run.tokens, apart=_apart(run, reference), seconds=[]))
+    for _ in range(settings.runs):
+        for index in random.permutation(len(plans)).tolist():
+            run, one = generate(plans[index]), found[index]
+            one.seconds.append(statistics.median(run.step_seconds[1:]))
+            one.peak = max(one.peak, run.peak_device_bytes)
+            one.stable &= bool(np.array_equal(run.tokens, one.tokens))
     return [
         {
             "measured_s": statistics.median(one.seconds),
             "spread_s": float(np.subtract(*np.percentile(one.seconds, [75, 25]))),
-            "tokens_equal": equal[index] and bool(np.array_equal(one.tokens, found[reference].tokens)),
+            "tokens_stable": one.stable,
+            "tokens_equal": one.stable and bool(np.array_equal(one.tokens, reference.tokens)),
             "peak_device_GB": one.peak / GB,
         }
-        for index, one in sorted(found.items())
+        | one.apart
+        for one in found
     ]
 
 
-def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one case with the error of each prediction, and which plan was fastest by prediction and by measurement."""
-    best, foreseen = (min(range(len(rows)), key=lambda index, name=name: rows[index][name]) for name in ("measured_s", "predicted_s"))  # type: ignore[misc]
-    return [
-        row | {"error_pct": 100 * (row["predicted_s"] / row["measured_s"] - 1), "best": index == best, "predicted_best": index == foreseen}
-        for index, row in enumerate(rows)
-    ]
+def all_cases(
+    settings: Settings, rows_of: Callable[[Case], list[dict[str, Any]]], skipped: list[str], missing: list[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each case, whose name then leaves ``missing``; those that cannot be run are named in ``skipped`` and on stderr, and the
+    others go on. RuntimeError with the name of a case that failed otherwise, as after an error of the device all would fail."""
+    # Runs of large cases take longer: the bar counts what they do, so that the time left is about right.
+    with tqdm(
+        total=settings.most_runs * sum(case_weight(*case) for case in settings.cases),
+        bar_format="{desc}{percentage:.0f}% of the study's runs |{bar}| {elapsed}, {remaining} left",
+        smoothing=0,
+        leave=False,
+        disable=None,
+    ) as bar:
+        for llm in settings.llms:
+            name, own = f"{llm.name}, {layers_name(llm.num_hidden_layers)}", [case for case in settings.cases if case[0] is llm]
+            left = [(case_name(*case), settings.most_runs * case_weight(*case)) for case in own]
+            try:
+                with _opened(llm, settings) as runtime:
+                    for _, batch, context in own:
+                        case = Case(runtime=runtime, settings=settings, batch=batch, context=context, bar=bar)
+                        name, begun = case.name, bar.n
+                        bar.set_description(name)
+                        try:
+                            rows = rows_of(case)
+                        except ValueError as error:
+                            _skip(skipped, name, error)
+                            rows = []
+                        bar.total += bar.n - begun - left.pop(0)[1]
+                        missing.remove(name)
+                        if rows:
+                            yield rows
+            except ValueError as error:  # of the runtime: no room for the weights
+                _skip(skipped, name, error)
+                for one, weight in left:
+                    bar.total -= weight
+                    missing.remove(one)
+            except RuntimeError as error:
+                raise RuntimeError(f"{name}: {_first_line(error)}") from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What the rows of one case say of the chosen plan: ``regret`` and ``cut`` are shares of measured time."""
-
-    name: str
-    chosen: Mapping[Any, Any]
-    best: Mapping[Any, Any]
-    foreseen: Mapping[Any, Any]
-    baseline: Mapping[Any, Any]
-    error: float
-    """Median of the absolute relative errors of predictions."""
-
-    @classmethod
-    def of(cls, rows: pd.DataFrame) -> Verdict:
-        """The rows of one case; the baseline sends all keys and values, and comes first."""
-        rows = rows.reset_index(drop=True)
-        chosen, best, foreseen = (rows[rows[name].astype(bool)].iloc[0].to_dict() for name in ("chosen", "best", "predicted_best"))
-        first = rows.iloc[0]
-        return cls(
-            name=f"{first['llm']}, {_layers(first['layers'])}, batch {first['batch']}, context {first['context']}",
-            chosen=chosen,
-            best=best,
-            foreseen=foreseen,
-            baseline=first.to_dict(),
-            error=float(rows["error_pct"].abs().median()) / 100,
-        )
-
-    @property
-    def regret(self) -> float:
-        """Measured time of the choice over the measured best, less 1."""
-        return float(self.chosen["measured_s"] / self.best["measured_s"] - 1)
-
-    @property
-    def tie(self) -> bool:
-        """Whether choice and best are no further apart than either's runs are."""
-        return bool(self.chosen["measured_s"] - self.best["measured_s"] <= max(self.chosen["spread_s"], self.best["spread_s"]))
-
-    @property
-    def cut(self) -> float:
-        """Share of the decode step without recomputation that the choice saves; below 0 if it is slower."""
-        return float(1 - self.chosen["measured_s"] / self.baseline["measured_s"])
-
-
-CASE = ["device_name", "llm", "layers", "dtype", "template", "weights", "batch", "context"]
-"""Columns whose values are those of one case."""
-
-
-def verdicts(frame: pd.DataFrame) -> list[Verdict]:
-    """One for each case."""
-    return [Verdict.of(rows) for _, rows in frame.groupby(CASE, sort=False)]
-
-
-def meaning(frame: pd.DataFrame, column: str, text: Callable[[Any], str], without: str) -> list[str]:
-    """What the rows say, a line for each case and for all; ``column`` is the decision, ``without`` names the baseline."""
-    found, lines = verdicts(frame), []
-    for one in found:
-        regret = "none" if not one.regret else f"{one.regret:.1%}" + (", a tie: within the spread" if one.tie else "")
-        lines += [
-            f"{one.name}: chosen {text(one.chosen[column])}, predicted best of all tried {text(one.foreseen[column])}, "
-            f"measured best {text(one.best[column])}.",
-            f"    Regret {regret}; median error of the predicted time {one.error:.1%}; "
-            f"the choice takes {abs(one.cut):.1%} {'less' if one.cut >= 0 else 'more'} time than {without}.",
-        ]
-    beyond = [one.regret for one in found if not one.tie]
-    lines.append(
-        f"Median error of all {len(frame)} predicted times {frame['error_pct'].abs().median():.2g} %; "
-        + (f"regret of the choice {max(beyond):.1%} at most" if beyond else "no regret beyond the spread")
-        + f", with {len(found) - len(beyond)} of {len(found)} choices the measured best or tied with it."
+def _opened(llm: LLMConfig, settings: Settings) -> Runtime:
+    return Runtime(
+        llm,
+        device="cuda" if settings.device == "cuda" else "cpu",
+        dtype=settings.dtype,
+        seed=settings.seed,
+        link=settings.link,
+        threads=settings.threads,
     )
-    if set(frame["llm"]) == {TINY.name}:
-        lines.append(f"Steps of {TINY.name} are so short that starting a transfer counts: it shows that plans run, not how long they take.")
-    drift = float(frame["drift_pct"].max())
-    if drift > BUSY:
-        lines.append(
-            f"After the runs the parts of a layer took up to {drift:.2g} % more or less time than before: the machine was busy with other "
-            "work, and no prediction could be better than that."
-        )
-    other = int((~frame["tokens_equal"].astype(bool)).sum())
-    if other:
-        exact = "a defect: please report it" if set(frame["dtype"]) == {"float32"} else "sums in half precision depend on their order"
-        lines.append(f"In {other} of {len(frame)} rows the tokens differ from those of {without}: {exact}.")
-    return lines
 
 
-def all_cases(settings: Settings, rows_of: Callable[[Case], list[dict[str, Any]]], skipped: list[str]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each case; those that cannot be run are named in ``skipped`` and on stderr, and the others go on."""
-    for llm in settings.llms:
-        listed = [(batch, context) for batch in settings.batches for context in settings.contexts]
-        try:
-            runtime = Runtime(
-                llm,
-                device="cuda" if settings.device == "cuda" else "cpu",
-                dtype=settings.dtype,
-                seed=settings.seed,
-                link=settings.link,
-                threads=settings.threads,
-            )
-        except ValueError as error:
-            _skip(skipped, f"{llm.name}, {_layers(llm.num_hidden_layers)}", error)
-            continue
-        with runtime:
-            for batch, context in listed:
-                case = Case(runtime=runtime, settings=settings, batch=batch, context=context)
-                try:
-                    yield rows_of(case)
-                except ValueError as error:
-                    _skip(skipped, case.name, error)
-                except (MemoryError, RuntimeError) as error:  # PyTorch's own where a part of a layer is measured
-                    if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
-                        raise
-                    _skip(skipped, case.name, ValueError("memory ran out; serve fewer prompts"))
+def _first_line(error: BaseException) -> str:
+    """What came first: freeing memory fails, too, once the device has failed."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _skip(skipped: list[str], name: str, error: ValueError) -> None:
     skipped.append(f"{name}: {' '.join(str(error).split())}")
-    print(f"skipped: {skipped[-1]}", file=sys.stderr)
+    tqdm.write(f"skipped: {skipped[-1]}", file=sys.stderr)
 
 
 def table_of(
     arguments: argparse.Namespace, settings: Settings, rows_of: Callable[[Case], list[dict[str, Any]]]
-) -> tuple[pd.DataFrame, bool]:
-    """The table of all cases that could be run, written to ``arguments.out``, and whether Ctrl-C ended it; empty if there is none."""
+) -> tuple[pd.DataFrame, int]:
+    """The table of all cases that could be run, written to ``arguments.out`` after each of them, and the exit code of a study that ends
+    with it: 0 if it need not end; 1 if there is no row, or after an error that later cases would have, too; INTERRUPTED after Ctrl-C."""
     skipped: list[str] = []
-    cases, interrupted = finished_rows(all_cases(settings, rows_of, skipped))
-    frame = pd.DataFrame([row for rows in cases for row in rows])
-    if len(frame):
-        frame = frame.assign(**settings.columns())
-        sheet = {} if settings.sheet is None else {"system": settings.sheet}
-        write_csv(arguments.out, frame, provenance={"llms": list(settings.llms), "skipped": skipped, **sheet})
-    return frame, interrupted
+    missing = [case_name(*case) for case in settings.cases]
+    found: list[dict[str, Any]] = []
+    sheet = {} if settings.sheet is None else {"system": settings.sheet}
+    columns, stopped = settings.columns(), ""
 
+    def written() -> Iterator[pd.DataFrame]:
+        nonlocal stopped
+        try:
+            for rows in all_cases(settings, rows_of, skipped, missing):
+                found.extend(rows)
+                yield write()
+        except RuntimeError as error:
+            stopped = str(error)
 
-def largest_case(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the case with the most tokens of state, which a picture shows."""
-    cases = [rows for _, rows in frame.groupby(CASE, sort=False)]
-    return max(cases, key=lambda rows: int(rows["batch"].iloc[0] * rows["context"].iloc[0]))
+    def write() -> pd.DataFrame:
+        frame = pd.DataFrame(found).assign(**columns)
+        provenance = {"llms": list(settings.llms), "skipped": skipped, "missing": missing, **sheet}
+        write_csv(arguments.out, frame, provenance=provenance)
+        return frame
 
-
-def show_cases(frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """A table for each case."""
-    for one, (_, rows) in zip(verdicts(frame), frame.groupby(CASE, sort=False), strict=True):
-        link = f"{rows['link_kind'].iloc[0]} link at {rows['link_GBps'].iloc[0]:.3g} GB/s"
-        show(rows[list(columns)], title=f"{one.name}, {rows['dtype'].iloc[0]} on {rows['device_name'].iloc[0]}, {link}")
+    print(
+        f"{len(missing)} cases of up to {settings.points + 1} plans, each run {settings.runs} times after a warm-up: up to "
+        f"{len(missing) * settings.most_runs} runs; what is finished is written after each case.",
+        flush=True,
+    )
+    _, interrupted = finished_rows(written())
+    if stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+    if not found:
+        print("No case could be run; nothing was written.")
+        return pd.DataFrame(), 1
+    frame = write()
+    if missing:
+        print(f"Not run, and not in the table: {'; '.join(missing)}. Run them with --llm, --batch and --contexts, and another --out.")
+    if code := INTERRUPTED if interrupted else int(bool(stopped)):
+        print(f"Written: {arguments.out}")
+    return frame, code

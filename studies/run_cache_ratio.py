@@ -17,22 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memsplit.dse import INTERRUPTED, beside, plot_lines, study_arguments
+from memsplit.dse import beside, plot_lines, study_arguments
 from memsplit.dse.runtime import CachePlan, LayerTimes
 from memsplit.models.cache_ratio import BLOCK, CacheRatioPlan, CacheRatioProblem
 from memsplit.solvers.cache_ratio import LpRatio
-from memsplit.studies._run_plans import (
-    GENERATED,
-    Case,
-    Settings,
-    judged,
-    largest_case,
-    meaning,
-    measured,
-    run_options,
-    show_cases,
-    table_of,
-)
+from memsplit.studies._run_plans import GENERATED, Case, Settings, measured, run_options, table_of
+from memsplit.studies._run_verdicts import judged, largest_case, meaning, show_cases
 
 SHOWN = [
     "act_share",
@@ -49,21 +39,19 @@ SHOWN = [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the study: one row for each case and share of activations. 1 if no case could be run."""
+    """Run the study: one row for each case and share of activations. 1 if no case could be run, or not all."""
     arguments = study_arguments(__doc__ or "", argv, default_out="run_cache_ratio.csv", extra=_options)
     (picture,) = beside(arguments.out, ".png")
     settings = Settings.of(arguments)
+    for llm in settings.llms:
+        _refuse_one_layer(llm.name, llm.num_hidden_layers)
 
     def rows_of(case: Case) -> list[dict[str, Any]]:
         return ratio_rows(case, weights=arguments.weights, device_share=arguments.device_share)
 
-    frame, interrupted = table_of(arguments, settings, rows_of)
-    if frame.empty:
-        print("No case could be run; nothing was written.")
-        return 1
-    if interrupted:
-        print(f"Written: {arguments.out}")
-        return INTERRUPTED
+    frame, code = table_of(arguments, settings, rows_of)
+    if code:
+        return code
     show_cases(frame, SHOWN if settings.sheet is None else [*SHOWN, "sheet_s"])
     print()
     for line in meaning(frame, "act_share", lambda share: f"{share:.1%} activations", "keeping keys and values only"):
@@ -107,6 +95,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _refuse_one_layer(name: str, layers: int) -> None:
+    if layers < 2:
+        raise ValueError(
+            f"{name}: a cache ratio needs at least 2 layers, not {layers}, as the state of one arrives while another is computed; "
+            "run more layers"
+        )
+
+
 def measured_problem(
     times: LayerTimes, *, batch: int, tokens: int, weights: Any, token_bytes: tuple[int, int], device_share: float = 0.0
 ) -> CacheRatioProblem:
@@ -115,13 +111,14 @@ def measured_problem(
     ``token_bytes``: of a token in all layers as keys and values, and as activations. The last layer is a class of its own, as the token is
     chosen after it. ``device_share``: room on the device, as a share of all keys and values.
     """
+    _refuse_one_layer("layer times", times.layers)
     layer = times.ratio_layer(batch, block=1)
     layer = layer if weights == "host" else replace(layer, weights=0.0)
     last = replace(layer, layers=1, compute=layer.compute + times.outside)
-    others = (replace(layer, layers=times.layers - 1),) if times.layers > 1 else ()
+    others = replace(layer, layers=times.layers - 1)
     kv, act = token_bytes
     return CacheRatioProblem(
-        layers=(*others, last),
+        layers=(others, last),
         request_blocks=(tokens,) * batch,
         kv_block=kv,
         act_block=act,
@@ -152,7 +149,7 @@ def executed(plan: CachePlan, *, batch: int, context: int, tokens: int) -> Cache
 
 def ratio_rows(case: Case, *, weights: Any, device_share: float) -> list[dict[str, Any]]:
     """The rows of a case: the shares of the sweep and the chosen one; no activations, the baseline, come first."""
-    times = case.layer_times()
+    times = case.layer_times(weights)
     size = case.size * case.llm.num_hidden_layers
     problem = measured_problem(
         times,
@@ -174,7 +171,7 @@ def ratio_rows(case: Case, *, weights: Any, device_share: float) -> list[dict[st
     predicted = [float(problem.seconds(plan.act_gpu, plan.kv_host, plan.act_host)) for plan in held]
     sheets = _by_sheet(case, held, weights)
     found = measured(case, plans)
-    shared = case.columns(times) | {"drift_pct": 100 * case.drift(times)}
+    shared = case.columns(times) | {"drift_pct": 100 * case.drift(times, weights)}
     rows = [
         shared
         | {"template": "fluid", "weights": weights, "device_share": device_share, "act_share": plan.act_share}

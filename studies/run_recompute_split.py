@@ -18,18 +18,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memsplit.dse import INTERRUPTED, beside, plot_lines, positive, study_arguments
+from memsplit.dse import beside, plot_lines, positive, study_arguments
 from memsplit.dse.runtime import LayerTimes, SplitKV, TransferKV
 from memsplit.models.offload import OffloadLayer, OffloadMachine
 from memsplit.models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitTemplate
 from memsplit.solvers.recompute_split import ClosedFormSplit
-from memsplit.studies._run_plans import Case, Settings, judged, largest_case, meaning, measured, run_options, show_cases, table_of
+from memsplit.studies._run_plans import Case, Settings, measured, run_options, table_of
+from memsplit.studies._run_verdicts import judged, largest_case, meaning, show_cases
 
 SHOWN = ["split", "predicted_s", "measured_s", "spread_s", "error_pct", "chosen", "best", "tokens_equal", "peak_device_GB"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the study: one row for each case and split. 1 if no case could be run."""
+    """Run the study: one row for each case and split. 1 if no case could be run, or not all."""
     arguments = study_arguments(__doc__ or "", argv, default_out="run_recompute_split.csv", extra=_options)
     (picture,) = beside(arguments.out, ".png")
     settings = Settings.of(arguments)
@@ -37,13 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def rows_of(case: Case) -> list[dict[str, Any]]:
         return split_rows(case, template=arguments.template, chunks=arguments.chunks, weights=arguments.weights)
 
-    frame, interrupted = table_of(arguments, settings, rows_of)
-    if frame.empty:
-        print("No case could be run; nothing was written.")
-        return 1
-    if interrupted:
-        print(f"Written: {arguments.out}")
-        return INTERRUPTED
+    frame, code = table_of(arguments, settings, rows_of)
+    if code:
+        return code
     show_cases(frame, SHOWN if settings.sheet is None else [*SHOWN, "sheet_s"])
     print()
     for line in meaning(frame, "split", lambda split: f"{split} tokens", "the transfer of all keys and values"):
@@ -69,24 +66,29 @@ def measured_problem(
 ) -> RecomputeSplitProblem:
     """The problem that measured layers make: seconds in place of bytes and FLOPs, at 1 B/s and 1 FLOP/s.
 
-    The last layer is a class of its own, as the token is chosen after it; a single layer has nothing to hide its computation behind.
-    Memories are without limit, as the runtime refuses what does not fit.
+    The last layer is a class of its own, as the token is chosen after it. A single layer has nothing to hide its computation behind, a
+    constant that is left out, and loads while the token is chosen; without a barrier its weights are sent from the begin of the
+    computation on, which is the template "chunked" of what is left of them. Memories are without limit, as the runtime refuses what does
+    not fit.
     """
-    each = batch * times.context
+    each, alone, sent = batch * times.context, times.layers == 1, times.weights
+    if alone and template == "fluid":
+        times = replace(times, first=0.0)
+        template, sent = "chunked", max(times.weights - times.compute, 0.0)
     one = OffloadLayer(
         layers=1,
         batch=batch,
         weight_bytes=0.0,
-        read_bytes=times.weights,
-        sent_bytes=times.weights,
-        projection_bytes=min(times.first, times.weights),
-        linear_flops=times.compute + times.outside if times.layers > 1 else 0.0,
+        read_bytes=sent,
+        sent_bytes=sent,
+        projection_bytes=min(times.first, sent),
+        linear_flops=times.outside if alone else times.compute + times.outside,
         kv_bytes=times.kv / each,
         act_bytes=times.act / each,
         recompute_flops=times.recompute / each,
         attention_flops=0.0,
     )
-    others = (replace(one, layers=times.layers - 1, linear_flops=times.compute),) if times.layers > 1 else ()
+    others = () if alone else (replace(one, layers=times.layers - 1, linear_flops=times.compute),)
     machine = OffloadMachine(
         gpu="device",
         host="host",
@@ -114,7 +116,7 @@ def chosen_split(problem: RecomputeSplitProblem) -> int:
 
 def split_rows(case: Case, *, template: SplitTemplate, chunks: int, weights: Any) -> list[dict[str, Any]]:
     """The rows of a case: the splits of the sweep and the chosen one; no split, the baseline, comes first."""
-    times = case.layer_times()
+    times = case.layer_times(weights)
     problem = measured_problem(
         times, batch=case.batch, tokens=case.tokens, most=case.context, template=template, chunks=chunks, weights=weights
     )
@@ -128,7 +130,7 @@ def split_rows(case: Case, *, template: SplitTemplate, chunks: int, weights: Any
     # Predictions are made before anything of a plan is run.
     predicted = [(times.step(plan, case.tokens), times.replay(plan, case.tokens)) for plan in plans]
     found = measured(case, plans)
-    shared = case.columns(times) | {"drift_pct": 100 * case.drift(times)}
+    shared = case.columns(times) | {"drift_pct": 100 * case.drift(times, weights)}
     rows = [
         shared
         | {"template": template, "chunks": chunks if template != "staged" else 1, "weights": weights}

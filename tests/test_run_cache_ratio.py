@@ -92,7 +92,7 @@ class Layers:
     def __init__(self, times: LayerTimes) -> None:
         self.times = times
 
-    def layer_times(self, batch: int, context: int, *, repeats: int) -> LayerTimes:
+    def layer_times(self, batch: int, context: int, *, weights: str, repeats: int) -> LayerTimes:
         return self.times
 
 
@@ -153,6 +153,17 @@ def test_without_pytorch_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert memsplit(["study", "run_cache_ratio", "--quick", "--out", str(tmp_path / "a.csv")]) == 2
     assert "pip install 'memsplit[runtime]'" in capsys.readouterr().err
+
+
+def test_a_single_layer_is_refused(tmp_path, capsys):
+    """Nothing arrives while it is computed: the formula of the ratio, the slower of link and GPU, would be half of what it takes."""
+    pytest.importorskip("torch", reason="needs memsplit[runtime]")
+    assert memsplit(["study", "run_cache_ratio", "--quick", "--layers", "1", "--out", str(tmp_path / "a.csv")]) == 2
+    error = capsys.readouterr().err
+    assert "tiny test LLM: a cache ratio needs at least 2 layers, not 1" in error
+    assert error.count("\n") == 1
+    with pytest.raises(ValueError, match="at least 2 layers"):
+        measured_problem(replace(TIMES, layers=1), batch=1, tokens=9, weights="gpu", token_bytes=BYTES)
 
 
 def test_a_share_is_from_0_to_1(tmp_path, capsys):

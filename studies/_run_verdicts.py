@@ -1,0 +1,142 @@
+"""What the rows of studies that run plans say: errors of predictions, regret of the chosen plan, and whether tokens differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from memsplit.dse import show
+from memsplit.studies._run_plans import TINY, layers_name
+
+BUSY = 10.0
+"""Per cent by which parts of a layer may change during the runs before it is said: what a prediction should be off by at most."""
+
+CASE = ["device_name", "llm", "layers", "dtype", "template", "weights", "batch", "context"]
+"""Columns whose values are those of one case."""
+
+
+def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one case with the error of each prediction, and which plan was fastest by prediction and by measurement."""
+    best, foreseen = (min(range(len(rows)), key=lambda index, name=name: rows[index][name]) for name in ("measured_s", "predicted_s"))  # type: ignore[misc]
+    return [
+        row | {"error_pct": 100 * (row["predicted_s"] / row["measured_s"] - 1), "best": index == best, "predicted_best": index == foreseen}
+        for index, row in enumerate(rows)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the rows of one case say of the chosen plan: ``regret`` and ``cut`` are shares of measured time."""
+
+    name: str
+    chosen: Mapping[Any, Any]
+    best: Mapping[Any, Any]
+    foreseen: Mapping[Any, Any]
+    baseline: Mapping[Any, Any]
+    error: float
+    """Median of the absolute relative errors of predictions."""
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame) -> Verdict:
+        """The rows of one case; the baseline sends all keys and values, and comes first."""
+        rows = rows.reset_index(drop=True)
+        chosen, best, foreseen = (rows[rows[name].astype(bool)].iloc[0].to_dict() for name in ("chosen", "best", "predicted_best"))
+        first = rows.iloc[0]
+        return cls(
+            name=f"{first['llm']}, {layers_name(first['layers'])}, batch {first['batch']}, context {first['context']}",
+            chosen=chosen,
+            best=best,
+            foreseen=foreseen,
+            baseline=first.to_dict(),
+            error=float(rows["error_pct"].abs().median()) / 100,
+        )
+
+    @property
+    def regret(self) -> float:
+        """Measured time of the choice over the measured best, less 1."""
+        return float(self.chosen["measured_s"] / self.best["measured_s"] - 1)
+
+    @property
+    def tie(self) -> bool:
+        """Whether choice and best are no further apart than either's runs are."""
+        return bool(self.chosen["measured_s"] - self.best["measured_s"] <= max(self.chosen["spread_s"], self.best["spread_s"]))
+
+    @property
+    def cut(self) -> float:
+        """Share of the decode step without recomputation that the choice saves; below 0 if it is slower."""
+        return float(1 - self.chosen["measured_s"] / self.baseline["measured_s"])
+
+
+def verdicts(frame: pd.DataFrame) -> list[Verdict]:
+    """One for each case."""
+    return [Verdict.of(rows) for _, rows in frame.groupby(CASE, sort=False)]
+
+
+def meaning(frame: pd.DataFrame, column: str, text: Callable[[Any], str], without: str) -> list[str]:
+    """What the rows say, a line for each case and for all; ``column`` is the decision, ``without`` names the baseline."""
+    found, lines = verdicts(frame), []
+    for one in found:
+        regret = "none" if not one.regret else f"{one.regret:.1%}" + (", a tie: within the spread" if one.tie else "")
+        lines += [
+            f"{one.name}: chosen {text(one.chosen[column])}, predicted best of all tried {text(one.foreseen[column])}, "
+            f"measured best {text(one.best[column])}.",
+            f"    Regret {regret}; median error of the predicted time {one.error:.1%}; "
+            f"the choice takes {abs(one.cut):.1%} {'less' if one.cut >= 0 else 'more'} time than {without}.",
+        ]
+    beyond = [one.regret for one in found if not one.tie]
+    lines.append(
+        f"Median error of all {len(frame)} predicted times {frame['error_pct'].abs().median():.2g} %; "
+        + (f"regret of the choice {max(beyond):.1%} at most" if beyond else "no regret beyond the spread")
+        + f", with {len(found) - len(beyond)} of {len(found)} choices the measured best or tied with it."
+    )
+    if set(frame["llm"]) == {TINY.name}:
+        lines.append(f"Steps of {TINY.name} are so short that starting a transfer counts: it shows that plans run, not how long they take.")
+    drift = float(frame["drift_pct"].max())
+    if drift > BUSY:
+        lines.append(
+            f"After the runs the parts of a layer took up to {drift:.2g} % more or less time than before: the machine was busy with other "
+            "work, and no prediction could be better than that."
+        )
+    return [*lines, *_tokens_meaning(frame, without)]
+
+
+def _tokens_meaning(frame: pd.DataFrame, without: str) -> list[str]:
+    """Whether tokens differ, and whether rounding explains it."""
+    unstable = int((~frame["tokens_stable"].astype(bool)).sum())
+    if unstable:
+        return [
+            f"In {unstable} of {len(frame)} rows tokens changed from one run of a plan to the next, as if something was read before it had "
+            "arrived: a defect, please report it."
+        ]
+    beyond = frame[frame["logits_off"] > frame["rounding"]]
+    other = frame[~frame["tokens_equal"].astype(bool)]
+    if len(beyond):
+        worst = beyond.sort_values("logits_off").iloc[-1]
+        return [
+            f"In {len(beyond)} of {len(frame)} rows logits are up to {worst['logits_off']:.2g} of their standard deviations off those of "
+            f"{without}, and rounding explains about {worst['rounding']:.2g}: a defect, please report it."
+        ]
+    if other.empty:
+        return []
+    lead, off = other["token_lead"].max(), other["logits_off"].max()
+    return [
+        f"In {len(other)} of {len(frame)} rows tokens differ from those of {without}, which led by {lead:.2g} standard deviations of "
+        f"logits at most: no error, as products of another shape are rounded otherwise, which moves logits by up to {off:.2g} here; up to "
+        f"about {other['rounding'].min():.2g} is rounding."
+    ]
+
+
+def largest_case(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the case with the most tokens of state, which a picture shows."""
+    cases = [rows for _, rows in frame.groupby(CASE, sort=False)]
+    return max(cases, key=lambda rows: int(rows["batch"].iloc[0] * rows["context"].iloc[0]))
+
+
+def show_cases(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    """A table for each case."""
+    for one, (_, rows) in zip(verdicts(frame), frame.groupby(CASE, sort=False), strict=True):
+        link = f"{rows['link_kind'].iloc[0]} link at {rows['link_GBps'].iloc[0]:.3g} GB/s"
+        show(rows[list(columns)], title=f"{one.name}, {rows['dtype'].iloc[0]} on {rows['device_name'].iloc[0]}, {link}")
