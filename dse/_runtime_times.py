@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..models.cache_ratio import BLOCK, LinearTime, RatioLayer
-from ..models.checks import whole
+from ..models.checks import shown, whole
 from ..models.overlap import chunked, fluid
-from ._runtime_plans import SplitKV, TransferKV
+from ._runtime_plans import FullKV, SplitKV, TransferKV
 
 SETTLING = 256
 """Units of a replay before its last step: what the first loads are late by, a unit's or two, has then been made up but for 1/100."""
@@ -34,7 +34,7 @@ class LayerTimes:
     gpu_batches: int = 1
     assemble: float = 0.0
 
-    def step(self, plan: SplitKV | TransferKV, context: int | None = None) -> float:
+    def step(self, plan: FullKV | SplitKV | TransferKV, context: int | None = None) -> float:
         """Seconds of a decode step by the closed forms of ``models.overlap``: the last layer's computation has ``outside``, too.
 
         ``context``: tokens of state, those measured unless given; transfers of state and recomputation grow with it, ``compute`` is taken
@@ -57,7 +57,7 @@ class LayerTimes:
             chunks, weights, first = self._parts(plan), max(weights - self.compute, 0.0), 0.0
         return self.compute + layer(self.outside)
 
-    def replay(self, plan: SplitKV | TransferKV, context: int | None = None) -> float:
+    def replay(self, plan: FullKV | SplitKV | TransferKV, context: int | None = None) -> float:
         """Seconds of a decode step, event by event as the runtime executes it: the link, the GPU, and what each waits for.
 
         The loads of a unit, one layer of one GPU batch, begin with the unit before it; with a barrier when that one's state is complete;
@@ -107,17 +107,22 @@ class LayerTimes:
                 ends.append(gpu)
         return ends[-1] - ends[-2]
 
-    def _parts(self, plan: SplitKV | TransferKV) -> int:
+    def _parts(self, plan: FullKV | SplitKV | TransferKV) -> int:
         """In how many parts the inputs are sent and recomputed."""
         return plan.chunks if isinstance(plan, SplitKV) else 1
 
-    def _shape(self, plan: SplitKV | TransferKV, context: int | None) -> tuple[float, float, int]:
+    def _shape(self, plan: FullKV | SplitKV | TransferKV, context: int | None) -> tuple[float, float, int]:
         """Share of tokens recomputed, what times are multiplied with, and chunks (0: fluid)."""
+        if not isinstance(plan, FullKV | SplitKV | TransferKV):
+            raise ValueError(
+                f"layer times say how long steps of FullKV, TransferKV and SplitKV take, not of {shown(plan)}; a CachePlan is priced by a "
+                "CacheRatioProblem of ratio_layer()"
+            )
         tokens = self.context if context is None else whole("layer times", "context", context, "tokens")
         if plan.gpu_batches != self.gpu_batches:
             raise ValueError(f"layer times are of {self.gpu_batches} GPU batches, the plan has {plan.gpu_batches}; measure those")
         if not isinstance(plan, SplitKV) or not plan.split:
-            return 0.0, tokens / self.context, 0
+            return 0.0, 0.0 if isinstance(plan, FullKV) else tokens / self.context, 0
         if plan.split > tokens:
             raise ValueError(f"the plan recomputes {plan.split} of {tokens} tokens; lower the split")
         return plan.split / tokens, tokens / self.context, 0 if plan.template == "fluid" else plan.chunks
@@ -127,7 +132,8 @@ class LayerTimes:
 
         What puts blocks together counts as computation. Stores of new tokens are left out: they are a few rows.
         """
-        share = block / (self.context * whole("layer times", "requests", requests, "requests"))
+        block, requests = whole("layer times", "block", block, "tokens"), whole("layer times", "requests", requests, "requests")
+        share = block / (self.context * requests)
         return RatioLayer(
             layers=self.layers,
             weights=self.weights,

@@ -102,6 +102,8 @@ def _sweep_score(path: str | Path) -> tuple[Any, list[str]]:
     if not Path(path).with_suffix(".json").exists():
         raise ValueError(without)
     settings = read_designs(path)["settings"]
+    if isinstance(command := settings.get("command"), str):
+        raise ValueError(f"{path} holds measurements, which are not rerun row by row; measure again with: {' '.join(command.split())}")
     score, columns = settings.get("score"), settings.get("columns", [])
     if isinstance(score, str):
         raise ValueError(f"the score {score!r} of {path} is no class of memsplit, and only those are run again; use the code that swept it")

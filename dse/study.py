@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,8 +28,9 @@ INTERRUPTED = 130
 def study_arguments(
     doc: str, argv: Sequence[str] | None, *, default_out: str, extra: Callable[[argparse.ArgumentParser], object] | None = None
 ) -> argparse.Namespace:
-    """The arguments of a study whose docstring is ``doc``: ``out`` (a Path that can be written), ``seed``, ``quick``, and what
-    ``extra(parser)`` adds. ValueError if ``out`` cannot be written; wrong arguments exit with code 2."""
+    """The arguments of a study whose docstring is ``doc``: ``out`` (a Path that can be written), ``seed``, ``quick``, what
+    ``extra(parser)`` adds, and ``command``, which runs it again. ValueError if ``out`` cannot be written; wrong arguments exit with
+    code 2."""
     module = sys._getframe(1).f_globals.get("__name__", "")  # who calls: a study of memsplit is started as a command of it
     prog = f"memsplit study {module.rpartition('.')[2]}" if module.startswith("memsplit.studies.") else None
     parser = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,6 +43,7 @@ def study_arguments(
     if not 0 <= arguments.seed <= LARGEST_SEED:
         parser.error(f"--seed must be at least 0 and at most {LARGEST_SEED}, not {arguments.seed}")
     check_writable(arguments.out)
+    arguments.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
     return arguments
 
 

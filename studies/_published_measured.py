@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from memsplit.dse import show
+from memsplit.dse import read_table, show
 from memsplit.studies._run_plans import SMALL, TINY
 from memsplit.studies._run_verdicts import CASE, verdicts
 
@@ -32,6 +33,8 @@ NEEDED = {
 LEAST_RUNS = 5
 """Of each plan, for a spread that is worth printing beside a published number."""
 
+TIMES = ("predicted_s", "measured_s", "spread_s")
+
 OWN = (SMALL.name, TINY.name)
 """LLMs that no paper measured."""
 
@@ -44,11 +47,19 @@ def measured_runs(folder: Path = MEASURED) -> tuple[pd.DataFrame, list[str]]:
     is none. ValueError for a table of another kind."""
     rows, left = [], []
     for path in sorted(folder.glob("*.csv")):
-        frame = pd.read_csv(path, dtype={"driver": str, "torch": str})
+        frame = read_table(path)
         if missing := sorted(NEEDED - set(frame)):
             raise ValueError(
                 f"{path}: columns {', '.join(missing)} are missing; put only tables of run_recompute_split and run_cache_ratio there"
             )
+        if not {"split", "act_share"} & set(frame):
+            raise ValueError(f"{path}: there is neither a column split nor act_share, the decision; put tables there as they were written")
+        for name in TIMES:
+            numbers = pd.to_numeric(frame[name], errors="coerce")
+            if not (np.isfinite(numbers) & (numbers >= 0)).all() or (name != "spread_s" and not (numbers > 0).all()):
+                raise ValueError(f"{path}: {name} must be seconds above 0 in every row; put tables there as they were written")
+        # "555.10" is no number.
+        frame = frame.assign(**{name: texts for name, texts in pd.read_csv(path, usecols=["driver", "torch"], dtype=str).items()})
         shown = frame[
             (frame["device"] == "cuda")
             & (frame["link_kind"] == "real")
@@ -58,7 +69,7 @@ def measured_runs(folder: Path = MEASURED) -> tuple[pd.DataFrame, list[str]]:
         ]
         if len(shown) < len(frame):
             left.append(f"{path.name} ({len(frame) - len(shown)} of {len(frame)} rows)")
-        if (shown.groupby(CASE)[["chosen", "best", "predicted_best"]].sum() != 1).any(axis=None):
+        if (shown.groupby(CASE, dropna=False)[["chosen", "best", "predicted_best"]].sum() != 1).any(axis=None):
             raise ValueError(
                 f"{path}: each case must have one chosen, one best and one predicted_best row; put tables there as they were written"
             )

@@ -34,6 +34,12 @@ GENERATED = 7
 LEAST_RUNS = 3
 """Of each plan: fewer have no spread, without which noise would be called regret."""
 
+LONGEST = 2**22
+"""Tokens of a prompt: more than any published LLM has positions for."""
+
+MOST_POINTS = 1000
+"""Plans of a sweep, which are each run several times."""
+
 REPEATS = 15
 """Runs of each part of a layer that a prediction is made from."""
 
@@ -115,6 +121,9 @@ class Settings:
         if arguments.llm:
             llms = tuple(llm_named(name) for name in arguments.llm)
         contexts = tuple(dict.fromkeys(arguments.contexts or contexts))
+        for option, most, given in (("contexts", LONGEST, max(contexts)), ("points", MOST_POINTS, arguments.points)):
+            if given > most:
+                raise ValueError(f"--{option} must be at most {most}, not {given}; ask for less")
         with Runtime(TINY, device=device):  # is there what all cases need?
             pass
         return cls(
@@ -170,7 +179,14 @@ def _cut(llm: LLMConfig, layers: int | None, rows: int) -> LLMConfig:
     """The LLM with so many layers, and with as many learned positions as the longest run needs: weights are random anyway."""
     held = llm.num_hidden_layers if layers is None else min(layers, llm.num_hidden_layers)
     positions = llm.max_position_embeddings and max(llm.max_position_embeddings, rows + 2)
-    return replace(llm, num_hidden_layers=held, max_position_embeddings=positions)
+    if positions > llm.max_position_embeddings:
+        print(
+            f"note: {llm.name} has a table of {llm.max_position_embeddings} learned positions; it is run with one of {positions}, random like "
+            "all weights, which changes no time",
+            file=sys.stderr,
+        )
+    dense = min(llm.num_dense_layers, held)
+    return replace(llm, num_hidden_layers=held, num_dense_layers=dense, max_position_embeddings=positions)
 
 
 def _sheet(name: str | None) -> System | None:
@@ -247,7 +263,7 @@ class Case:
             "recompute_s": times.recompute,
             "compute_s": times.compute,
             "rounding": rounding(self.llm, self.settings.dtype),
-            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         }
 
 
@@ -430,7 +446,7 @@ def table_of(
 
     def write() -> pd.DataFrame:
         frame = pd.DataFrame(found).assign(**columns)
-        provenance = {"llms": list(settings.llms), "skipped": skipped, "missing": missing, **sheet}
+        provenance = {"llms": list(settings.llms), "skipped": skipped, "missing": missing, "command": arguments.command, **sheet}
         write_csv(arguments.out, frame, provenance=provenance)
         return frame
 

@@ -62,7 +62,15 @@ class Verdict:
     @property
     def tie(self) -> bool:
         """Whether choice and best are no further apart than either's runs are."""
-        return bool(self.chosen["measured_s"] - self.best["measured_s"] <= max(self.chosen["spread_s"], self.best["spread_s"]))
+        return _tied(self.chosen, self.best)
+
+    def gain(self, without: str) -> str:
+        """What the choice saves against the baseline, for a sentence; no more is said than the spread of the runs allows."""
+        if self.baseline["chosen"]:
+            return f"the choice is {without}"
+        if _tied(self.chosen, self.baseline):
+            return f"the choice takes as long as {without}, within the spread"
+        return f"the choice takes {abs(self.cut):.1%} {'less' if self.cut >= 0 else 'more'} time than {without}"
 
     @property
     def cut(self) -> float:
@@ -70,9 +78,13 @@ class Verdict:
         return float(1 - self.chosen["measured_s"] / self.baseline["measured_s"])
 
 
+def _tied(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    return bool(abs(one["measured_s"] - other["measured_s"]) <= max(one["spread_s"], other["spread_s"]))
+
+
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
     """One for each case."""
-    return [Verdict.of(rows) for _, rows in frame.groupby(CASE, sort=False)]
+    return [Verdict.of(rows) for _, rows in frame.groupby(CASE, sort=False, dropna=False)]
 
 
 def meaning(frame: pd.DataFrame, column: str, text: Callable[[Any], str], without: str) -> list[str]:
@@ -83,8 +95,7 @@ def meaning(frame: pd.DataFrame, column: str, text: Callable[[Any], str], withou
         lines += [
             f"{one.name}: chosen {text(one.chosen[column])}, predicted best of all tried {text(one.foreseen[column])}, "
             f"measured best {text(one.best[column])}.",
-            f"    Regret {regret}; median error of the predicted time {one.error:.1%}; "
-            f"the choice takes {abs(one.cut):.1%} {'less' if one.cut >= 0 else 'more'} time than {without}.",
+            f"    Regret {regret}; median error of the predicted time {one.error:.1%}; {one.gain(without)}.",
         ]
     beyond = [one.regret for one in found if not one.tie]
     lines.append(
@@ -97,8 +108,8 @@ def meaning(frame: pd.DataFrame, column: str, text: Callable[[Any], str], withou
     drift = float(frame["drift_pct"].max())
     if drift > BUSY:
         lines.append(
-            f"After the runs the parts of a layer took up to {drift:.2g} % more or less time than before: the machine was busy with other "
-            "work, and no prediction could be better than that."
+            f"After the runs the parts of a layer took up to {drift:.0f} % more or less time than before: the machine was busy with other "
+            "work, no prediction could be better than that, and what is said above is as uncertain: run it again on a quiet machine."
         )
     return [*lines, *_tokens_meaning(frame, without)]
 
@@ -131,12 +142,12 @@ def _tokens_meaning(frame: pd.DataFrame, without: str) -> list[str]:
 
 def largest_case(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of the case with the most tokens of state, which a picture shows."""
-    cases = [rows for _, rows in frame.groupby(CASE, sort=False)]
+    cases = [rows for _, rows in frame.groupby(CASE, sort=False, dropna=False)]
     return max(cases, key=lambda rows: int(rows["batch"].iloc[0] * rows["context"].iloc[0]))
 
 
 def show_cases(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     """A table for each case."""
-    for one, (_, rows) in zip(verdicts(frame), frame.groupby(CASE, sort=False), strict=True):
+    for one, (_, rows) in zip(verdicts(frame), frame.groupby(CASE, sort=False, dropna=False), strict=True):
         link = f"{rows['link_kind'].iloc[0]} link at {rows['link_GBps'].iloc[0]:.3g} GB/s"
         show(rows[list(columns)], title=f"{one.name}, {rows['dtype'].iloc[0]} on {rows['device_name'].iloc[0]}, {link}")

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     frame, code = table_of(arguments, settings, rows_of)
     if code:
         return code
+    print(f"Written: {arguments.out}")
     show_cases(frame, SHOWN if settings.sheet is None else [*SHOWN, "sheet_s"])
     print()
     for line in meaning(frame, "act_share", lambda share: f"{share:.1%} activations", "keeping keys and values only"):
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         title=f"{first['llm']}, batch {first['batch']}, context {first['context']}: a decode step",
         linear=("act_share", "decode_step_s"),
     )
-    print(f"Written: {arguments.out}, {picture}")
+    print(f"Written: {picture}")
     return 0
 
 

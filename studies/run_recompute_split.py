@@ -41,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     frame, code = table_of(arguments, settings, rows_of)
     if code:
         return code
+    print(f"Written: {arguments.out}")
     show_cases(frame, SHOWN if settings.sheet is None else [*SHOWN, "sheet_s"])
     print()
     for line in meaning(frame, "split", lambda split: f"{split} tokens", "the transfer of all keys and values"):
         print(line)
     draw(frame, picture)
-    print(f"Written: {arguments.out}, {picture}")
+    print(f"Written: {picture}")
     return 0
 
 

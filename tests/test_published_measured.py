@@ -68,6 +68,29 @@ def test_only_a_gpu_and_enough_runs_are_shown_beside_kvpr(tmp_path, capsys, chan
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda rows: rows.assign(measured_s="fast"), "measured_s must be seconds above 0"),
+        (lambda rows: rows.assign(measured_s=0.0), "measured_s must be seconds above 0"),
+        (lambda rows: rows.assign(spread_s=-1.0), "spread_s must be seconds"),
+        (lambda rows: rows.drop(columns="split"), "neither a column split nor act_share"),
+        (lambda rows: rows.assign(device_name=None, chosen=False), "one chosen"),
+    ],
+)
+def test_damaged_tables_are_named(tmp_path, damage, said):
+    damage(own_rows()).to_csv(tmp_path / "bad.csv", index=False)
+    with pytest.raises(ValueError, match=rf"bad\.csv: .*{said}"):
+        _published_measured.measured_runs(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x00", b"a,b\n1,2,3\n"])
+def test_what_is_no_table_is_named(tmp_path, content):
+    (tmp_path / "bad.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.csv"):
+        _published_measured.measured_runs(tmp_path)
+
+
 def test_own_measurements_are_packaged():
     package = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert {f"{_published_measured.MEASURED.name}/*.{kind}" for kind in ("csv", "json")} <= set(package["memsplit.studies"])

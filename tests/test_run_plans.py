@@ -1,5 +1,6 @@
 """Plans that are run: how runs are judged, when other tokens are an error, and cases that cannot be run."""
 
+import json
 from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
@@ -87,6 +88,18 @@ def test_the_meaning_names_regret_ties_and_other_tokens():
     assert "Regret 1.2%, a tie" in text
     assert "takes 25.0% more time than full transfer" in text
     assert "regret of the choice 25.0% at most, with 1 of 2 choices" in text
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen", "said"),
+    [
+        ([(4.0, 4.0, 0.1), (2.0, 3.0, 0.1)], 1, "the choice takes 25.0% less time than full transfer."),
+        ([(4.0, 4.0, 0.1), (2.0, 3.0, 1.5)], 1, "the choice takes as long as full transfer, within the spread."),
+        ([(4.0, 4.0, 0.1), (5.0, 3.0, 0.1)], 0, "the choice is full transfer."),
+    ],
+)
+def test_a_gain_within_the_spread_is_none(times, chosen, said):
+    assert said in meaning(rows_of_times(*times, chosen=chosen), "split", str, "full transfer")[1]
 
 
 # Other tokens
@@ -223,7 +236,7 @@ def test_the_table_is_written_after_each_case(tmp_path, monkeypatch):
         seen.append(len(pd.read_csv(tmp_path / "a.csv")) if (tmp_path / "a.csv").exists() else 0)
         return rows(case)
 
-    table_of(SimpleNamespace(out=tmp_path / "a.csv"), given, rows_of)
+    table_of(SimpleNamespace(out=tmp_path / "a.csv", command="memsplit study x"), given, rows_of)
     assert seen == [0, 2, 4]
 
 
@@ -231,7 +244,7 @@ def test_the_table_is_written_after_each_case(tmp_path, monkeypatch):
 def test_what_is_to_be_run_is_said_before_the_work(tmp_path, capsys):
     given = scripted_case(None, batches=(2, 4), contexts=(8, 16), points=9, runs=5).settings
     with pytest.raises(KeyboardInterrupt):
-        table_of(SimpleNamespace(out=tmp_path / "a.csv"), given, outcomes(KeyboardInterrupt()))
+        table_of(SimpleNamespace(out=tmp_path / "a.csv", command="memsplit study x"), given, outcomes(KeyboardInterrupt()))
     # Ten plans with the chosen one, each run five times and once before: 60 runs of each of four cases.
     assert "4 cases of up to 10 plans, each run 5 times after a warm-up: up to 240 runs" in capsys.readouterr().out
 
@@ -312,7 +325,26 @@ def test_ctrl_c_keeps_finished_cases(tmp_path, monkeypatch):
 def test_a_table_is_written_with_what_was_skipped(tmp_path):
     one = rows_of_times((4.0, 4.0, 0.1), (2.0, 2.0, 0.1), chosen=1)
     given = scripted_case(None, contexts=(8, 16)).settings
-    frame, code = table_of(SimpleNamespace(out=tmp_path / "a.csv"), given, outcomes(one, ValueError("no room")))
+    frame, code = table_of(SimpleNamespace(out=tmp_path / "a.csv", command="memsplit study x"), given, outcomes(one, ValueError("no room")))
     assert code == 0
     assert frame["runs"].tolist() == [3, 3]
     assert "context 16: no room" in (tmp_path / "a.json").read_text()
+
+
+@needs_torch
+def test_measured_rows_say_how_they_are_measured_again(tmp_path, capsys):
+    out = tmp_path / "a b.csv"
+    assert memsplit(["study", "run_recompute_split", "--quick", "--contexts", "16", "--out", str(out)]) == 0
+    command = f"memsplit study run_recompute_split --quick --contexts 16 --out '{out}'"
+    assert json.loads(out.with_suffix(".json").read_text())["settings"]["command"] == command
+    capsys.readouterr()
+    assert memsplit(["rerun", str(out), "--row", "0"]) == 2
+    assert f"holds measurements, which are not rerun row by row; measure again with: {command}" in capsys.readouterr().err
+    assert {"load_average", "drift_pct"} <= set(pd.read_csv(out))
+
+
+@needs_torch
+def test_longer_tables_of_positions_are_said(tmp_path, capsys):
+    llm = ["--llm", "opt-125m", "--layers", "1", "--batch", "1", "--contexts", "2100", "--points", "1"]
+    assert memsplit(["study", "run_cache_ratio", *llm, "--out", str(tmp_path / "a.csv")]) == 2  # one layer is refused, later
+    assert "opt-125m has a table of 2050 learned positions; it is run with one of 2109" in capsys.readouterr().err

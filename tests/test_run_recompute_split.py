@@ -103,6 +103,8 @@ def test_without_cuda_it_says_so(tmp_path, monkeypatch, capsys):
         (["--link-GBps", "0"], "bandwidth"),
         (["--runs", "2"], "--runs must be at least 3, not 2"),
         (["--llm", "opt-9b"], "opt-9b"),
+        (["--contexts", "99999999999"], "--contexts must be at most 4194304, not 99999999999"),
+        (["--points", "100000000000"], "--points must be at most 1000"),
         (["--machine", "nowhere.toml"], "nowhere.toml"),
     ],
 )

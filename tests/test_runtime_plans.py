@@ -382,3 +382,22 @@ def test_times_of_blocks_add_up_to_the_layers():
     assert (float(link), float(gpu), float(stores)) == pytest.approx((0.3 + 2 * 1, 2 * 0.12, 0))
     link, gpu, _ = layer.times(0, 0, blocks)
     assert (float(link), float(gpu)) == pytest.approx((0.3 + 2 * 0.5, 2 * (0.12 + 0.25)))
+
+
+@pytest.mark.parametrize("weights", ["gpu", "host"])
+def test_state_on_the_device_waits_for_nothing_but_weights(weights):
+    """Three layers of 2 s of computation and 5 s of weights, and 1 s for the token."""
+    times = LayerTimes(kv=9, act=4, recompute=3, compute=2, weights=5, first=1, outside=1, layers=3, context=8)
+    plan = FullKV(weights=weights)
+    assert times.step(plan) == pytest.approx({"gpu": 7.0, "host": 15.0}[weights], rel=ROUNDING)
+    assert times.replay(plan) == pytest.approx(times.step(plan), rel=ROUNDING)
+
+
+@pytest.mark.parametrize("plan", [CachePlan(blocks=CacheRatioPlan(kv_gpu=1)), Placement(), None])
+def test_times_say_which_plans_they_know(plan):
+    times = LayerTimes(kv=9, act=4, recompute=3, compute=2, weights=5, first=1, outside=1, layers=3, context=8)
+    for said in (times.step, times.replay):
+        with refused("FullKV, TransferKV and SplitKV take, not of"):
+            said(plan)
+    with refused("block"):
+        times.ratio_layer(4, block=0)
