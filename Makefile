@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench peers quick clean
+.PHONY: help demo test bench peers gpu quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,13 @@ bench: build/tools ## every benchmark against its target; rows in build/bench.js
 
 peers: build/tools ## one decode step beside other tools, which it installs from PyPI into build/peers
 	$(BIN)/python benchmarks/peers.py --env build/peers
+
+gpu: build/tools ## where there is a GPU: tests of CUDA, a profile, both run studies of four layers; in build/gpu, below an hour
+	MEMSPLIT_TEST_WHEEL=1 $(BIN)/pytest tests/test_runtime.py tests/test_machine.py tests/test_run_recompute_split.py -k "cuda or gpu"
+	mkdir -p build/gpu
+	$(BIN)/memsplit profile --device cuda --out build/gpu/machine.toml
+	$(BIN)/memsplit study run_recompute_split --device cuda --machine build/gpu/machine.toml --layers 4 --points 5 --out build/gpu/split.csv
+	$(BIN)/memsplit study run_cache_ratio --device cuda --machine build/gpu/machine.toml --layers 4 --points 5 --out build/gpu/ratio.csv
 
 quick: .venv/installed ## tests on an editable install, up to the first failure
 	.venv/bin/pytest -x -q
