@@ -27,16 +27,16 @@ VENDORS = {
     "numba": ("solvers/_table_compiled.py",),
     "sklearn": ("studies/fidelity.py",),
     "torch": (
-        "dse/runtime.py",
-        "dse/_runtime_decoder.py",
-        "dse/_runtime_link.py",
-        "dse/_runtime_placed.py",
-        "dse/_runtime_weights.py",
-        "dse/_runtime_modes.py",
-        "dse/_runtime_states.py",
+        "dse/runtime/runtime.py",
+        "dse/runtime/_decoder.py",
+        "dse/runtime/_link.py",
+        "dse/runtime/_placed.py",
+        "dse/runtime/_weights.py",
+        "dse/runtime/_execution.py",
+        "dse/runtime/_states.py",
         "dse/_machine_torch.py",
     ),
-    "safetensors": ("dse/_runtime_weights.py",),
+    "safetensors": ("dse/runtime/_weights.py",),
 }
 LAZY_VENDORS = ("pulp", "ortools", "optuna")
 MAX_LINES = 500

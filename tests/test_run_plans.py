@@ -160,7 +160,7 @@ def test_recomputed_state_that_is_rounded_otherwise_moves_logits_by_less_than_is
     logits by more than that."""
     import torch
 
-    from memsplit.dse._runtime_decoder import Decoder
+    from memsplit.dse.runtime._decoder import Decoder
 
     original, factor, generator = Decoder.keys_values, [0.0], torch.Generator().manual_seed(1)
 

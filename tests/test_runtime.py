@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(runtimes):
 
 def broken(monkeypatch, change):
     """``HostState.restore`` with ``change(state, unit, turn, weights)`` after it."""
-    from memsplit.dse._runtime_states import HostState
+    from memsplit.dse.runtime._states import HostState
 
     restore = HostState.restore
 

@@ -22,8 +22,8 @@ from test_machine_kernels import SMALL  # noqa: E402
 from test_runtime_link import any_plan  # noqa: E402
 
 from memsplit.dse import _machine_torch, profile_machine  # noqa: E402
-from memsplit.dse._runtime_link import CudaTransfers  # noqa: E402
-from memsplit.dse._runtime_states import CacheState, HostState  # noqa: E402
+from memsplit.dse.runtime._link import CudaTransfers  # noqa: E402
+from memsplit.dse.runtime._states import CacheState, HostState  # noqa: E402
 
 PROMPT, GENERATED, REQUESTS = 17, 4, 6
 MINI = MiniBatchPlan(batches=((3, 0), (1, 5, 2), (4,)))

@@ -15,7 +15,7 @@ from memsplit.models import CacheRatioPlan, MiniBatchPlan
 
 torch = pytest.importorskip("torch", reason="needs memsplit[runtime]")
 
-from memsplit.dse._runtime_link import Arena, EmulatedTransfers, pinned_bytes  # noqa: E402
+from memsplit.dse.runtime._link import Arena, EmulatedTransfers, pinned_bytes  # noqa: E402
 
 MB = 10**6
 
@@ -227,7 +227,7 @@ def test_a_link_far_slower_than_the_computation_changes_no_token(llm, plan):
 @pytest.mark.parametrize("seed", range(4))
 def test_random_delays_change_no_key_or_value(monkeypatch, seed):
     """Short generations, in which slots are used again soonest, by any plan, while either direction is late by up to 5 ms a transfer."""
-    from memsplit.dse._runtime_link import _Lane
+    from memsplit.dse.runtime._link import _Lane
 
     chance, late, copy = random.Random(seed), {}, _Lane._copy
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memsplit.dse._runtime_times import SETTLING
 from memsplit.dse.runtime import CachePlan, FullKV, LayerTimes, Placement, SplitKV, TransferKV
+from memsplit.dse.runtime.times import SETTLING
 from memsplit.models import (
     CacheRatioPlan,
     CacheRatioProblem,
@@ -234,7 +234,7 @@ class Timetable:
 
     def __init__(self, times: LayerTimes, plan: SplitKV) -> None:
         torch = pytest.importorskip("torch", reason="needs memsplit[runtime]")
-        from memsplit.dse._runtime_states import Hidden
+        from memsplit.dse.runtime._states import Hidden
 
         self.times, self.plan, self.share = times, plan, plan.split / times.context
         self.now = self.free = 0.0
@@ -315,7 +315,7 @@ class Timetable:
         """Seconds of each decode step of the runtime's own loop."""
         import torch
 
-        from memsplit.dse._runtime_modes import Execution
+        from memsplit.dse.runtime._execution import Execution
 
         batches = self.times.gpu_batches
         _, run = self.plan.run(batches, self.times.context, count + 1)

@@ -147,7 +147,7 @@ def test_a_closed_runtime_says_so():
 )
 def test_a_run_that_ends_early_says_why_and_leaves_the_runtime_as_it_was(monkeypatch, error, said):
     """In the middle of moving the weights, of which some layers are then here and some there."""
-    from memsplit.dse._runtime_link import EmulatedTransfers
+    from memsplit.dse.runtime._link import EmulatedTransfers
 
     host, calls = EmulatedTransfers.host, iter(range(100))
 
@@ -173,7 +173,7 @@ def test_a_run_that_ends_early_says_why_and_leaves_the_runtime_as_it_was(monkeyp
 
 def test_one_thread_at_a_time(monkeypatch):
     """A second caller would be given slots that the first one's transfers write to."""
-    from memsplit.dse._runtime_modes import Execution
+    from memsplit.dse.runtime._execution import Execution
 
     begun, go_on, generate = threading.Event(), threading.Event(), Execution.generate
 

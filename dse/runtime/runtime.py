@@ -1,14 +1,4 @@
-"""Run a plan: decode with keys and values where the plan puts them, on CUDA or on a CPU with an emulated link, and measure it.
-
-    with Runtime(LLMS["opt-6.7b"], device="cuda", dtype="float16") as runtime:
-        prompts = runtime.random_prompts(32, 1024)
-        whole = runtime.generate(prompts, 32, TransferKV())
-        split = runtime.generate(prompts, 32, SplitKV(split=600))
-
-Every plan gives the same tokens, in half precision but for those whose logits are closer than its rounding; what differs is the time of a
-step and the memory. Needs PyTorch: ``pip install 'memsplit[runtime]'``.
-The plans executed are those of KVPR (arXiv 2411.17089), HybridServe (arXiv 2501.01792) and FlexGen (arXiv 2303.06865).
-"""
+"""The LLM on its device: what a run needs, whether that fits, and the run itself."""
 
 from __future__ import annotations
 
@@ -23,35 +13,22 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..models.checks import check_number, shown, whole
-from ..models.llm import LLMConfig
-from ..models.offload import WeightsOn, largest
-from ..models.units import GB
-from ._free_memory import free_memory
-from ._machine_kernels import usable_cores
-from ._runtime_plans import CachePlan, ExecutedPlan, FullKV, Placement, SplitKV, TransferKV
-from ._runtime_times import LayerTimes
+from ...models.checks import check_number, shown, whole
+from ...models.llm import LLMConfig
+from ...models.offload import WeightsOn, largest
+from ...models.units import GB
+from .._free_memory import free_memory
+from .._machine_kernels import usable_cores
+from .plans import CachePlan, ExecutedPlan, FullKV, Placement, SplitKV
+from .times import LayerTimes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
 
-    from ._runtime_plans import Run
-    from ._runtime_states import Memory, State
-
-__all__ = [
-    "CachePlan",
-    "EmulatedLink",
-    "ExecutedPlan",
-    "FullKV",
-    "Generation",
-    "LayerTimes",
-    "Placement",
-    "Runtime",
-    "SplitKV",
-    "TransferKV",
-]
+    from ._states import Memory, State
+    from .plans import Run
 
 LARGEST_SEED = 2**32 - 1
 """As of the studies, so that their seeds are taken."""
@@ -188,10 +165,10 @@ class Runtime:
             raise ValueError("runtime: PyTorch finds no CUDA device here; run on a CPU, where the link can be emulated")
         if device == "cuda" and link is not None:
             raise ValueError("runtime: a CUDA device has a link of its own; leave link out")
-        from ._runtime_decoder import Decoder
-        from ._runtime_link import CudaTransfers, EmulatedTransfers, Transfers
-        from ._runtime_modes import LayerWeights
-        from ._runtime_weights import FolderWeights, RandomWeights
+        from ._decoder import Decoder
+        from ._execution import LayerWeights
+        from ._link import CudaTransfers, EmulatedTransfers, Transfers
+        from ._weights import FolderWeights, RandomWeights
 
         self._on_cuda, self._running_now = device == "cuda", Lock()
         place = torch.device("cuda", torch.cuda.current_device()) if self._on_cuda else torch.device("cpu")
@@ -227,7 +204,7 @@ class Runtime:
             self._weights.near, self._weights.far, self._weights.buffers = [], [], []
             self._decoder.outside = {}
             if self._on_cuda:  # else PyTorch keeps what was freed, and the next LLM is refused
-                from ._runtime_link import free_cached
+                from ._link import free_cached
 
                 free_cached()
 
@@ -259,8 +236,8 @@ class Runtime:
         order, run = plan.run(len(given), given.shape[1], generated)
         self._decoder.check_reach(run.rows)
         needs = self._check(plan, run, kept=logits, looked_at=state)
-        from ._runtime_modes import Execution
-        from ._runtime_states import Memory
+        from ._execution import Execution
+        from ._states import Memory
 
         cut = self._cut(plan)
         with self._running(torch, needs.device, "serve fewer prompts"):
@@ -307,8 +284,8 @@ class Runtime:
         if size * gpu_batches != batch:
             raise ValueError(f"runtime: {batch} requests cannot be divided into {gpu_batches} GPU batches; give a multiple")
         decoder.check_reach(context + 1)
-        from ._runtime_modes import LayerBuffers, measure_layer
-        from ._runtime_states import Memory
+        from ._execution import LayerBuffers, measure_layer
+        from ._states import Memory
 
         buffers = LayerBuffers(Memory(decoder.dtype, None), decoder, size, context)
         cut = decoder.layout.cut(float(weights == "host"))
@@ -360,7 +337,7 @@ class Runtime:
         return self._decoder.layout.cut(plan.streamed)
 
     def _state(self, plan: ExecutedPlan, memory: Memory, run: Run) -> State:
-        from ._runtime_states import CacheState, DeviceState, HostState
+        from ._states import CacheState, DeviceState, HostState
 
         if isinstance(plan, FullKV):
             return DeviceState(memory, self._decoder, run)
@@ -370,7 +347,7 @@ class Runtime:
             forms = [torch.from_numpy(one) for one in plan.forms(sum(run.sizes), run.rows)]
             return CacheState(memory, self._decoder, run, forms)
         if isinstance(plan, Placement):
-            from ._runtime_placed import PlacedState
+            from ._placed import PlacedState
 
             return PlacedState(memory, self._decoder, run, cache=plan.cache, hidden=plan.hidden, attention=plan.attention)
         if isinstance(plan, SplitKV):
@@ -380,14 +357,14 @@ class Runtime:
         return HostState(memory, self._decoder, run, fluid=True)
 
     def _held_outside(self, size: int) -> int:
-        from ._runtime_weights import outside_shapes
+        from ._weights import outside_shapes
 
         return size * sum(int(np.prod(shape)) for shape in outside_shapes(self.llm).values())
 
     def _needs(self, plan: ExecutedPlan, run: Run, *, kept: bool = False, looked_at: bool = False) -> _Needs:
         """What a plan takes; ``kept``: with all logits, ``looked_at``: with the state that is given back."""
-        from ._runtime_link import aligned, pinned_bytes
-        from ._runtime_states import Memory
+        from ._link import aligned, pinned_bytes
+        from ._states import Memory
 
         counted = Memory(self._decoder.dtype, None)
         self._state(plan, counted, run)

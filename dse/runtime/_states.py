@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ._runtime_decoder import Decoder, Weights, attention
-from ._runtime_link import Pair, Transfers
-from ._runtime_plans import Run
+from ._decoder import Decoder, Weights, attention
+from ._link import Pair, Transfers
+from .plans import Run
 
 Whole = tuple[torch.Tensor, torch.Tensor]
 

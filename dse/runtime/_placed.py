@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ._runtime_decoder import Decoder, Weights, attention
-from ._runtime_link import Pair
-from ._runtime_plans import AttentionOn, Run
-from ._runtime_states import Hidden, Linked, Memory, Whole
+from ._decoder import Decoder, Weights, attention
+from ._link import Pair
+from ._states import Hidden, Linked, Memory, Whole
+from .plans import AttentionOn, Run
 
 
 class PlacedHidden(Hidden, Linked):

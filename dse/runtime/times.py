@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..models.cache_ratio import BLOCK, LinearTime, RatioLayer
-from ..models.checks import shown, whole
-from ..models.overlap import chunked, fluid
-from ._runtime_plans import FullKV, SplitKV, TransferKV
+from ...models.cache_ratio import BLOCK, LinearTime, RatioLayer
+from ...models.checks import shown, whole
+from ...models.overlap import chunked, fluid
+from .plans import FullKV, SplitKV, TransferKV
 
 SETTLING = 256
 """Units of a replay before its last step: what the first loads are late by, a unit's or two, has then been made up but for 1/100."""

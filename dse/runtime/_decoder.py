@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from ..models.llm import LLMConfig
+from ...models.llm import LLMConfig
 
 ALIGNED = 64
 """Elements that a tensor of a layer starts at a multiple of: 128 bytes and more, which every copy and matrix kernel likes."""

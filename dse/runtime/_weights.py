@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..models.checks import shown
-from ..models.llm import LLMConfig
-from ._runtime_decoder import Architecture, Family, Layout, Weights, architecture_of
+from ...models.checks import shown
+from ...models.llm import LLMConfig
+from ._decoder import Architecture, Family, Layout, Weights, architecture_of
 
 
 def outside_shapes(llm: LLMConfig) -> dict[str, tuple[int, ...]]:

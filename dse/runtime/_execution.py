@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from ._runtime_decoder import Decoder, Weights, attention
-from ._runtime_link import Transfers, aligned, timed
-from ._runtime_plans import Run
-from ._runtime_states import Memory, State
-from ._runtime_times import LayerTimes
-from ._runtime_weights import FolderWeights, RandomWeights
+from ._decoder import Decoder, Weights, attention
+from ._link import Transfers, aligned, timed
+from ._states import Memory, State
+from ._weights import FolderWeights, RandomWeights
+from .plans import Run
+from .times import LayerTimes
 
 
 class LayerWeights:

@@ -8,12 +8,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models.cache_ratio import BLOCK, CacheRatioPlan, CacheRatioProblem
-from ..models.checks import check_number, shown, whole
-from ..models.mini_batches import MiniBatchPlan, request_shares
-from ..models.offload import WeightsOn
-from ..models.placement import PlacementPlan
-from ..models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitTemplate
+from ...models.cache_ratio import BLOCK, CacheRatioPlan, CacheRatioProblem
+from ...models.checks import check_number, shown, whole
+from ...models.mini_batches import MiniBatchPlan, request_shares
+from ...models.offload import WeightsOn
+from ...models.placement import PlacementPlan
+from ...models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitTemplate
 
 AttentionOn = Literal["gpu", "host"]
 
@@ -124,6 +124,7 @@ class SplitKV(_Uniform):
         )
 
     def run(self, batch: int, prompt: int, generated: int) -> tuple[list[int], Run]:
+        """As of the other plans; ValueError if more is to be recomputed than the prompt."""
         if self.split > prompt:
             raise ValueError(f"split KV: {self.split} tokens are to be recomputed, but prompts have {prompt}; lower the split")
         return _equal(self.gpu_batches, batch, prompt, generated)
