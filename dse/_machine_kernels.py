@@ -1,4 +1,4 @@
-"""What a profile runs on a processor, through NumPy, for a grid of shapes; how it is timed, and what the machine is.
+"""What a profile runs on a processor, through NumPy, for a grid of shapes; how it is timed.
 
 Weights, keys and values are taken in turn from a large buffer, so that they come from memory each time, as those of the many layers of an
 LLM do.
@@ -9,29 +9,30 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import platform
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import cycle, product
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from ..models.units import KiB, MiB
+from ..models.units import MiB
+from ._free_memory import free_memory
+from ._machine_host import Machine, host_machine, plain, text_of
+from ._machine_host import usable_cores as usable_cores  # other modules take it from here
 
 Passes = Callable[[int], float]
 """Seconds of so many passes of a kernel, one after the other."""
 
 COLD = 4
-"""A buffer of so many times the last cache comes from memory: an assumption; a cache of that size could keep a quarter of it at most."""
+"""A buffer of so many times the last caches comes from memory: an assumption; caches of that size could keep a quarter of it at most."""
 
 SINGLE = 4.0
 """Bytes of a number in NumPy's products: 32 bits."""
@@ -50,33 +51,11 @@ RUN = 1e-3
 
 SIZES = tuple(size * MiB for size in (256, 64, 16, 4, 1))
 QUICK_SIZES = tuple(size * MiB for size in (256, 16, 1))
-"""Bytes that are read or copied, the largest first: it is what the bandwidth of the memory follows from."""
+"""Bytes that are read or copied, the largest first: the bandwidth of the memory follows from it, or from ``COLD`` times larger caches."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Names and sizes: ``memory`` [B] that can be had of the host's, ``cache`` [B] that all its cores share, ``gpu_...`` of the GPU."""
-
-    cpu: str
-    cores: int
-    memory: float
-    cache: float | None = None
-    gpu: str = ""
-    gpu_memory: float | None = None
-    gpu_cache: float | None = None
-    multiprocessors: int | None = None
-    capability: tuple[int, int] = (0, 0)
-    software: str = ""
-
-    @property
-    def title(self) -> str:
-        """What tells this machine from another."""
-        cpu = f"{self.cpu}, {self.cores} core{'s' * (self.cores != 1)}"
-        return f"{self.gpu}{BESIDE}{cpu}" if self.gpu else cpu
-
-
-BESIDE = " beside "
-"""Between a GPU and a processor in a machine's title."""
+HEADS = ((8, 8, 128), (32, 8, 128), (8, 8, 64), (16, 2, 128))
+"""Query heads, KV heads and their dimension, the same in every grid, as the data sheet's rate of attention is made of all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +75,10 @@ class Cell:
     flops: float = 0.0
     cold: bool = False
 
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{name} {value:g}" for name, value in self.shape.items())
-        return " ".join(part for part in (self.device, self.kind, self.variant, sizes, f"threads {self.threads}") if part)
+    @property
+    def name(self) -> str:
+        """Device, kind and variant."""
+        return " ".join(part for part in (self.device, self.kind, self.variant) if part)
 
 
 class Suite(Protocol):
@@ -107,69 +87,15 @@ class Suite(Protocol):
     @property
     def machine(self) -> Machine:
         """What they run on."""
-        ...
 
     def cells(self) -> Sequence[Cell]:
         """What is measured; of each kind, what matters most first."""
-        ...
+
+    def remarks(self) -> Sequence[str]:
+        """Sentences about how something was measured, where that is not as it should be."""
 
     def close(self) -> None:
         """Give threads and memory back."""
-        ...
-
-
-def host_machine() -> Machine:
-    """This machine without a GPU."""
-    cores, memory = os.cpu_count() or 1, _memory("MemTotal")
-    return Machine(cpu=_cpu_name(), cores=cores, memory=memory, cache=_shared_cache(), software=software_versions())
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def plain(text: str) -> str:
-    """A name on one line, without characters that a file or a terminal would trip over."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-
-
-def _cpu_name() -> str:
-    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text_of("/proc/cpuinfo"), re.MULTILINE)
-    return plain(found[1] if found else platform.processor() or platform.machine()) or "unknown processor"
-
-
-def _memory(name: str) -> float:
-    """Bytes of a line of /proc/meminfo, or the limit of a container if it is less; ValueError where neither is said."""
-    found = re.search(rf"^{name}:\s*(\d+) kB$", text_of("/proc/meminfo"), re.MULTILINE)
-    limits = [float(text) for path in LIMITS if (text := text_of(path).strip()).isdigit()]
-    known = [*([float(found[1]) * KiB] if found else []), *limits]
-    if not known:
-        raise ValueError("the size of the memory is not known: /proc/meminfo does not say; profile a machine with Linux")
-    return min(known)
-
-
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def _shared_cache() -> float | None:
-    """Bytes of the last cache; None where it is not known."""
-    folder = Path("/sys/devices/system/cpu/cpu0/cache")
-    sizes = [re.fullmatch(r"(\d+)([KM])\s*", text_of(path)) for path in folder.glob("index*/size")]
-    return max((float(one[1]) * (KiB if one[2] == "K" else MiB) for one in sizes if one), default=None)
-
-
-def text_of(path: str | Path) -> str:
-    """What a file holds; nothing if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def software_versions(*more: str) -> str:
-    """The system and libraries that measure, in one line."""
-    return "; ".join((f"{platform.system()} {platform.machine()}", f"Python {platform.python_version()}", f"NumPy {np.__version__}", *more))
 
 
 class Rate(NamedTuple):
@@ -227,8 +153,8 @@ def _rate(cell: Cell, before: Sequence[Rate], clock: Callable[[], float], deadli
     """The rate of a cell, in about ``part`` seconds; TimeoutError if ``LEAST`` runs would not end before the ``deadline``."""
     left = deadline - clock()
     work = cell.flops or cell.nbytes
-    known = [one for one in before if (one.cell.device, one.cell.kind, one.cell.variant) == (cell.device, cell.kind, cell.variant)]
-    expected = min((one.seconds * work / (one.cell.flops or one.cell.nbytes) for one in known if one.cell.nbytes), default=0.0)
+    known = [one for one in before if one.cell.name == cell.name and one.cell.nbytes]
+    expected = min((one.seconds * work / (one.cell.flops or one.cell.nbytes) for one in known), default=0.0)
     if left <= 0 or (LEAST + 2) * expected > left:
         raise TimeoutError("the time of the profile was over")
     begun = clock()
@@ -251,14 +177,8 @@ def _rate(cell: Cell, before: Sequence[Rate], clock: Callable[[], float], deadli
 
 def sentences(cells: Sequence[Cell], left: Sequence[tuple[Cell, str]]) -> tuple[str, ...]:
     """What was left out and why, once for each kind and reason."""
-
-    def name(cell: Cell) -> str:
-        return " ".join(part for part in (cell.device, cell.kind, cell.variant) if part)
-
-    number = pd.Series([name(cell) for cell in cells], dtype=str).value_counts()
-    grouped: dict[tuple[str, str], int] = {}
-    for cell, reason in left:
-        grouped[name(cell), reason] = grouped.get((name(cell), reason), 0) + 1
+    number = Counter(cell.name for cell in cells)
+    grouped = Counter((cell.name, reason) for cell, reason in left)
     return tuple(f"{what}, {count} of {number[what]} shapes: {reason}" for (what, reason), count in grouped.items())
 
 
@@ -274,20 +194,34 @@ class HostKernels:
     alone: bool = True
     machine: Machine = field(default_factory=host_machine)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes that are read and copied; before them so many that the last caches cannot hold them, if these are large."""
+        sizes = QUICK_SIZES if self.quick or not self.alone else SIZES
+        cold = math.ceil(COLD * (self.machine.cache or 0.0) / MiB) * MiB
+        return (cold, *sizes) if cold > sizes[0] else sizes
+
     @cached_property
     def size(self) -> int:
         """Bytes of each of two buffers: the largest size, or an eighth of what is free."""
-        return int(min(SIZES[0], max(_memory("MemAvailable") // 8, SIZES[-1])) // MiB * MiB)
+        return int(min(self.sizes[0], max((free_memory() or 0) // 8, self.sizes[-1])) // MiB * MiB)
 
     @cached_property
     def source(self) -> NDArray[np.float32]:
         """Small numbers, none of which is 0 or so small that arithmetic is slow."""
-        return _noise(self.size)
+        return self._noise()
 
     @cached_property
     def target(self) -> NDArray[np.float32]:
         """The same again."""
-        return _noise(self.size)
+        return self._noise()
+
+    def _noise(self) -> NDArray[np.float32]:
+        """Numbers around 0.01, drawn once for a MiB and repeated; by all threads, as memory lies beside the core that writes it first."""
+        part = np.random.default_rng(0).uniform(-0.02, 0.02, MiB // 4).astype(np.float32)
+        made = np.empty((self.size // MiB, MiB // 4), dtype=np.float32)
+        list(self.pool.map(lambda rows: np.copyto(rows, part), np.array_split(made, self.threads)))
+        return made.reshape(-1)
 
     @cached_property
     def pool(self) -> ThreadPoolExecutor:
@@ -301,34 +235,32 @@ class HostKernels:
         for name in ("source", "target", "pool"):
             self.__dict__.pop(name, None)
 
+    def remarks(self) -> Sequence[str]:
+        """None."""
+        return ()
+
     def cells(self) -> Sequence[Cell]:
         """Reading and copying, products, attention, and decode steps of one request."""
         small = self.quick or not self.alone
         powers = () if small else tuple(2**i for i in range(12) if 2**i < self.threads)
         counts = sorted({1, *powers, self.threads}, reverse=True)
-        cells = [self._memory(*each) for each in product(QUICK_SIZES if small else SIZES, counts, ("read", "copy"))]
-        cells += [self._product(m, n, k) for (n, k), m in product(*self._products())]
+        cells = [self._memory(*each) for each in product(self.sizes, counts, ("read", "copy"))]
+        widths = ((1024, 1024), (4096, 1024), (2048, 2048)) + (() if small else ((1024, 4096), (4096, 4096)))
+        cells += [self._product(m, n, k) for (n, k), m in product(widths, (256, 1, 16) if small else (256, 1, 4, 16, 64))]
         contexts = (512, 2048) if small else (256, 512, 1024, 2048, 4096)
-        heads = ((8, 8, 128), (32, 8, 128)) if small else ((8, 8, 64), (8, 8, 128), (16, 2, 128), (32, 8, 128))
-        cells += [self._attention(batch, seq, *each) for seq, each, batch in product(contexts, heads, (1, 4))]
+        cells += [self._attention(batch, seq, *each) for seq, each, batch in product(contexts, HEADS, (1, 4))]
         steps = product((64, 128, 256), (0, 32) if small else (0, 32, 128)) if self.alone else ()
         return [*cells, *(self._step(*each) for each in steps)]
 
-    def _products(self) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
-        if self.quick or not self.alone:
-            return ((1024, 1024), (4096, 1024), (2048, 2048)), (256, 1, 16)
-        return ((1024, 1024), (4096, 1024), (1024, 4096), (2048, 2048), (4096, 4096)), (256, 1, 4, 16, 64)
-
     def _cold(self, touched: float) -> bool:
-        return touched >= COLD * (self.machine.cache or 0.0)
+        return self.machine.cache is not None and touched >= COLD * self.machine.cache
 
     def _memory(self, size: int, threads: int, kind: str) -> Cell:
         """Each thread goes over its own part of ``size`` bytes."""
 
         def prepare() -> Passes:
             check_room(size, self.size)
-            parts = [part.view(np.uint64) for part in np.array_split(self.source[: size // 4].view(np.uint64), threads)]
-            other = [part.view(np.uint64) for part in np.array_split(self.target[: size // 4].view(np.uint64), threads)]
+            parts, other = (np.array_split(each[: size // 4].view(np.uint64), threads) for each in (self.source, self.target))
 
             def work(part: int, passes: int) -> None:
                 for _ in range(passes):
@@ -339,9 +271,8 @@ class HostKernels:
 
             return wall(lambda passes: list(self.pool.map(partial(work, passes=passes), range(threads))))
 
-        moved = size * (2.0 if kind == "copy" else 1.0)
-        cold = self._cold(size)
-        return Cell(device="cpu", kind=kind, shape={"bytes": size}, prepare=prepare, threads=threads, nbytes=moved, cold=cold)
+        cold, moved = self._cold(size), size * (2.0 if kind == "copy" else 1.0)
+        return self._cell(kind, {"bytes": size}, prepare, moved, variant="", threads=threads, cold=cold)
 
     def _product(self, m: int, n: int, k: int) -> Cell:
         def prepare() -> Passes:
@@ -355,17 +286,16 @@ class HostKernels:
             return self._limited(work)
 
         moved = SINGLE * (n * k + m * k + m * n)
-        return self._cell("host_gemm", {"m": m, "n": n, "k": k}, prepare, moved, 2.0 * m * n * k)
+        return self._cell("host_gemm", {"m": m, "n": n, "k": k}, prepare, moved, flops=2.0 * m * n * k)
 
     def _attention(self, batch: int, seq: int, heads: int, kv_heads: int, head_dim: int) -> Cell:
         shape = {"batch": batch, "seq": seq, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
 
         def prepare() -> Passes:
-            work = _host_attention(self.source, self.target, shape)
-            return self._limited(work)
+            return self._limited(_host_attention(self.source, self.target, shape))
 
         moved = 2 * SINGLE * (batch * seq * kv_heads * head_dim + batch * heads * head_dim)
-        return self._cell("host_attention", shape, prepare, moved, 4.0 * batch * seq * heads * head_dim)
+        return self._cell("host_attention", shape, prepare, moved, flops=4.0 * batch * seq * heads * head_dim)
 
     def _step(self, weights: int, state: int) -> Cell:
         """All weights once, by one token, and ``state`` MiB of keys and values."""
@@ -385,23 +315,11 @@ class HostKernels:
 
             return self._limited(work)
 
-        return self._cell("stream", shape, prepare, float((weights + state) * MiB), 0.0, variant="")
+        return self._cell("stream", shape, prepare, float((weights + state) * MiB), variant="")
 
-    def _cell(
-        self, kind: str, shape: Mapping[str, float], prepare: Callable[[], Passes], moved: float, flops: float, variant: str = "fp32"
-    ) -> Cell:
-        cold = self._cold(self.size)
-        return Cell(
-            device="cpu",
-            kind=kind,
-            variant=variant,
-            shape=shape,
-            prepare=prepare,
-            threads=self.threads,
-            nbytes=moved,
-            flops=flops,
-            cold=cold,
-        )
+    def _cell(self, kind: str, shape: Mapping[str, float], prepare: Callable[[], Passes], moved: float, **more: Any) -> Cell:
+        given: dict[str, Any] = {"variant": "fp32", "threads": self.threads, "cold": self._cold(self.size)} | more
+        return Cell(device="cpu", kind=kind, shape=shape, prepare=prepare, nbytes=moved, **given)
 
     def _limited(self, work: Callable[[int], object]) -> Passes:
         """Passes of a kernel whose threads NumPy's library for products keeps, and whose number is set for it."""
@@ -419,18 +337,11 @@ def check_room(needed: float, taken: float) -> None:
         raise MemoryError(f"{needed / MiB:.0f} MiB do not fit into the {taken / MiB:.0f} MiB of free memory that the profile takes")
 
 
-def _noise(size: int) -> NDArray[np.float32]:
-    """``size`` bytes of numbers around 0.01, drawn once for a MiB and repeated."""
-    part = np.random.default_rng(0).uniform(-0.02, 0.02, MiB // 4).astype(np.float32)
-    return np.tile(part, size // MiB)
-
-
-def _in_turn(buffer: NDArray[np.float32], shape: tuple[int, ...], offset: int = 0) -> Iterator[NDArray[np.float32]]:
+def _in_turn(buffer: NDArray[np.float32], shape: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
     """Arrays of ``shape``, one after the other in the buffer, and over again; MemoryError if it holds none."""
     length = int(np.prod(shape))
-    starts = range(0, len(buffer) - length + 1, length)
     check_room(4 * length, buffer.nbytes)
-    return cycle(buffer[start : start + length].reshape(shape) for start in starts[offset:])
+    return cycle(buffer[: len(buffer) // length * length].reshape(-1, *shape))
 
 
 def _host_attention(keys: NDArray[np.float32], values: NDArray[np.float32], shape: Mapping[str, float]) -> Callable[[int], None]:
@@ -493,7 +404,6 @@ def _blas_libraries() -> tuple[tuple[Callable[[int], object], Callable[[], int]]
     found = []
     for path in sorted(paths):
         library = ctypes.CDLL(path)
-        names = next((pair for pair in _SETTERS if hasattr(library, pair[0]) and hasattr(library, pair[1])), None)
-        if names is not None:
+        if names := next((pair for pair in _SETTERS if hasattr(library, pair[0]) and hasattr(library, pair[1])), None):
             found.append((getattr(library, names[0]), getattr(library, names[1])))
     return tuple(found)

@@ -1,23 +1,22 @@
 """Profile this machine: what its memory, processor, GPU and host link reach, as a data sheet that every command reads, and as records.
 
 Each kernel runs at each shape five times or more after a warm-up; its time is the median, its spread the interquartile range over that.
-What is called a peak is the best rate that was measured: a ceiling that was reached, and not that of a data sheet.
+Bandwidths and matrix peaks are the best rates that were measured: ceilings that were reached, and not those of a data sheet. So is the
+vector peak of a device, which no row of its records may beat; that of a system, by which plans are priced, is ``attention_rate``'s.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,30 +24,20 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..models.calibration import Calibration
-from ..models.calibration_records import read_records, records_text
+from ..models.calibration_records import records_text
 from ..models.checks import check_number, shown, whole
 from ..models.device import Device, links
 from ..models.hardware import ComputeUnit, Link, MemoryTier, System
 from ..models.kernel_models import kernel_model
-from ..models.units import GB, GFLOPS, TFLOPS, MiB, quantity, us
-from ._machine_kernels import (
-    BESIDE,
-    CALM,
-    Cell,
-    HostKernels,
-    Machine,
-    Rate,
-    Suite,
-    host_machine,
-    plain,
-    sentences,
-    timed_rates,
-    usable_cores,
-)
+from ..models.units import GB, GFLOPS, MiB, us
+from ._machine_files import MARK, ours, prediction, staged, stale
+from ._machine_host import BESIDE, Machine, host_machine, plain, usable_cores
+from ._machine_kernels import CALM, Cell, HostKernels, Rate, Suite, sentences, timed_rates
+from ._machine_sheet import Attention, attention_rate, bandwidth_entry, peak_entries, quoted, si, upwards
 from ._machine_torch import TorchKernels, cuda_machine, cuda_torch
 from .measurements import calibrate, read_measurements
 from .study import INTERRUPTED, positive, show
-from .table import check_writable, replacing, write_csv
+from .table import check_writable
 
 LONGEST = 120.0
 """Seconds that a profile may take."""
@@ -58,12 +47,6 @@ FOR_FITS = 0.2
 
 PREFIX = "measured: "
 """Of the names of machines that were profiled."""
-
-MARK = "# Measured by memsplit profile"
-"""How its files begin."""
-
-DIGITS = 4
-"""Of rates in a data sheet; rounded up, so that no measured row beats them."""
 
 FAMILIES: Mapping[tuple[int, int], str] = {
     (7, 0): "Volta",
@@ -78,8 +61,8 @@ FAMILIES: Mapping[tuple[int, int], str] = {
 SHAPES = ("bytes", "m", "n", "k", "batch", "seq", "heads", "kv_heads", "head_dim", "weight_bytes", "state_bytes", "n_gpu")
 """Columns of all shapes."""
 
-UNITS = {"capacity": "capacity", "bandwidth": "bandwidth", "latency": "time", "matrix_peak": "compute rate", "vector_peak": "compute rate"}
-"""Dimensions of the quantities in a data sheet."""
+PRODUCTS = (("cuda", "gemm"), ("cpu", "host_gemm"))
+"""Devices and the kernel that the matrix peak is of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -137,15 +120,15 @@ class MachineProfile:
         sheet = self._sheet()
         return System(
             name=PREFIX + self.machine.title,
-            tiers=tuple(MemoryTier(**_si(tier)) for tier in sheet["tier"]),
-            units=tuple(ComputeUnit(**_si(unit)) for unit in sheet["unit"]),
-            links=tuple(Link(**_si(link)) for link in sheet["link"]),
+            tiers=tuple(MemoryTier(**si(tier)) for tier in sheet["tier"]),
+            units=tuple(ComputeUnit(**si(unit)) for unit in sheet["unit"]),
+            links=tuple(Link(**si(link)) for link in sheet["link"]),
         )
 
     def profiled(self) -> Device:
         """The processor or GPU that was profiled, as a device of its own; ValueError as of ``system``."""
-        sheet, machine = self._sheet(), self.machine
-        tier, unit = _si(sheet["tier"][0]), _si(sheet["unit"][0])
+        sheet, machine = self._sheet(best=True), self.machine
+        tier, unit = si(sheet["tier"][0]), si(sheet["unit"][0])
         gpu = self.device == "cuda"
         return Device(
             name=unit["name"],
@@ -161,23 +144,35 @@ class MachineProfile:
             source=f"{self.source}; peaks are the best rates reached, not those of a data sheet",
         )
 
-    def _sheet(self) -> dict[str, list[dict[str, str]]]:
-        """Entries of the data sheet, quantities as texts with units."""
+    def _sheet(self, *, best: bool = False) -> dict[str, list[dict[str, str]]]:
+        """Entries of the data sheet, quantities as texts with units; ``best``: with the best rates of attention."""
+        gpu_peaks, host_peaks = ((self.best(*kinds), self.attention(kinds[0], best=best).rate) for kinds in PRODUCTS)
         host = {"name": "host" if self.device == "cuda" else "memory", "capacity": f"{self.machine.memory // MiB:.0f} MiB"}
-        host_bandwidth = self.best("cpu", rate="bandwidth", cold=True)
+        host_bandwidth = self._memory_bandwidth("cpu")
         host_unit = {"name": self.machine.cpu, "tier": host["name"]}
-        host_peaks = self.best("cpu", "host_gemm"), self.best("cpu", "host_attention")
         if self.device != "cuda":
-            return {"tier": [host | _bandwidth(host_bandwidth, host["name"])], "unit": [host_unit | _peaks(*host_peaks)], "link": []}
+            tier, unit = host | bandwidth_entry(host_bandwidth, host["name"]), host_unit | peak_entries(*host_peaks)
+            return {"tier": [tier], "unit": [unit], "link": []}
         gpu = {"name": "GPU memory", "capacity": f"{(self.machine.gpu_memory or 0) // MiB:.0f} MiB"}
-        gpu_bandwidth = self.best("cuda", "read", "copy", "stream", "gemm", "decode_attention", rate="bandwidth", cold=True)
         gpu_unit = {"name": self.machine.gpu, "tier": gpu["name"]}
-        tiers, units = [gpu | _bandwidth(gpu_bandwidth, gpu["name"])], [gpu_unit | _peaks(*self._gpu_peaks())]
+        tiers = [gpu | bandwidth_entry(self._memory_bandwidth("cuda"), gpu["name"])]
+        units = [gpu_unit | peak_entries(*gpu_peaks)]
         if host_bandwidth and max(host_peaks):  # without them the GPU alone is a machine, too
-            tiers.append(host | _bandwidth(host_bandwidth, host["name"]))
-            units.append(host_unit | _peaks(*host_peaks))
+            tiers.append(host | bandwidth_entry(host_bandwidth, host["name"]))
+            units.append(host_unit | peak_entries(*host_peaks))
         ways = (("h2d", "host", "GPU memory"), ("d2h", "GPU memory", "host")) if len(tiers) == 2 else ()
         return {"tier": tiers, "unit": units, "link": [link for way, *ends in ways if (link := self._link(way, *ends))]}
+
+    def _memory_bandwidth(self, device: str) -> float:
+        """B/s out of memory: the best of all kernels whose bytes come from there."""
+        kinds = ("read", "copy", "stream", "gemm", "decode_attention") if device == "cuda" else ()
+        return self.best(device, *kinds, rate="bandwidth", cold=True)
+
+    def attention(self, device: str, *, best: bool = False) -> Attention:
+        """The rate that stands for attention on "cpu" or "cuda", and what it is; ``best``: the best one."""
+        kinds = ("decode_attention", "host_attention")
+        rates = [one for one in self.rates if one.cell.device == device and one.cell.kind in kinds]
+        return Attention(self.best(device, *kinds)) if best else attention_rate(rates, self._memory_bandwidth(device))
 
     def remarks(self) -> tuple[str, ...]:
         """Sentences about numbers of the data sheet that others stand for."""
@@ -192,9 +187,6 @@ class MachineProfile:
                 found.append(f"{device} memory: its bandwidth is that of sizes which the cache may hold, so it is slower than this")
         return tuple(found)
 
-    def _gpu_peaks(self) -> tuple[float, float]:
-        return self.best("cuda", "gemm"), self.best("cuda", "decode_attention")
-
     def _link(self, way: str, source: str, target: str) -> dict[str, str]:
         """The link in one direction, out of pinned memory or else pageable; empty if it was not measured."""
         for kind in ("pinned", "pageable"):
@@ -202,7 +194,7 @@ class MachineProfile:
             if copies:
                 latency = min(copies, key=lambda one: one.cell.nbytes).seconds
                 best = max(one.bandwidth for one in copies)
-                return {"source": source, "target": target, "bandwidth": _upwards(best, GB, "GB/s"), "latency": f"{latency / us:.4g} us"}
+                return {"source": source, "target": target, "bandwidth": upwards(best, GB, "GB/s"), "latency": f"{latency / us:.4g} us"}
         return {}
 
     def _link_name(self) -> str:
@@ -215,30 +207,33 @@ class MachineProfile:
         """The data sheet that ``System.from_toml`` reads."""
         lines = [
             f"{MARK} on {self.date}: {self.machine.software}.",
-            "# A peak is the best rate that was measured.",
+            "# A bandwidth or matrix_peak is the best rate that was measured.",
         ]
+        sources = [self.source]
+        for device, name in (("cuda", self.machine.gpu), ("cpu", self.machine.cpu)):
+            sources += [f"vector_peak of {name}: {said}"] if (said := self.attention(device).said) else []
         launch = [f"{one.cell.variant} {one.seconds / us:.3g} us" for one in self.rates if one.cell.kind == "launch"]
         lines += [f"# A launch: {', '.join(launch)}."] if launch else []
         lines += [f"# Left out: {plain(sentence)}." for sentence in (*self.missing, *self.remarks())]
-        lines += [f"name = {_quoted(PREFIX + self.machine.title)}", f"source = {_quoted(self.source)}"]
+        lines += [f"name = {quoted(PREFIX + self.machine.title)}", f"source = {quoted('; '.join(sources))}"]
         for kind, entries in self._sheet().items():
             for entry in entries:
-                lines += ["", f"[[{kind}]]", *(f"{key} = {_quoted(text)}" for key, text in entry.items())]
+                lines += ["", f"[[{kind}]]", *(f"{key} = {quoted(text)}" for key, text in entry.items())]
         return "\n".join(lines) + "\n"
 
     def device_text(self) -> str:
         """The same as a device that ``read_devices`` reads, for calibration."""
         device = self.profiled()
         (precision,) = device.peaks
-        unit, tier = self._sheet()["unit"][0], self._sheet()["tier"][0]
+        unit, tier = (self._sheet(best=True)[kind][0] for kind in ("unit", "tier"))
         lines = [f"{MARK} on {self.date}; peaks are the best rates that were measured.", "[[device]]"]
-        lines += [f"{key} = {_quoted(getattr(device, key))}" for key in ("name", "family", "memory")]
-        lines += [f"{key} = {_quoted(tier[key])}" for key in ("capacity", "bandwidth")]
-        lines += [f"peaks = {{ {precision} = {_quoted(unit['matrix_peak'])} }}", f"vector_peak = {_quoted(unit['vector_peak'])}"]
+        lines += [f"{key} = {quoted(getattr(device, key))}" for key in ("name", "family", "memory")]
+        lines += [f"{key} = {quoted(tier[key])}" for key in ("capacity", "bandwidth")]
+        lines += [f"peaks = {{ {precision} = {quoted(unit['matrix_peak'])} }}", f"vector_peak = {quoted(unit['vector_peak'])}"]
         lines += [f"multiprocessors = {device.multiprocessors}"] if device.multiprocessors else []
-        lines += [f"l2 = {_quoted(f'{device.l2:.0f} B')}"] if device.l2 else []
-        lines += [f"link = {_quoted(device.link)}"] if device.link else []
-        return "\n".join([*lines, f"source = {_quoted(device.source)}"]) + "\n"
+        lines += [f"l2 = {quoted(f'{device.l2:.0f} B')}"] if device.l2 else []
+        lines += [f"link = {quoted(device.link)}"] if device.link else []
+        return "\n".join([*lines, f"source = {quoted(device.source)}"]) + "\n"
 
 
 def _modelled(cell: Cell) -> bool:
@@ -247,41 +242,6 @@ def _modelled(cell: Cell) -> bool:
         return set(kernel_model(cell.kind, cell.variant).columns) <= set(cell.shape)
     except ValueError:
         return False
-
-
-def _bandwidth(found: float, name: str) -> dict[str, str]:
-    if not found:
-        raise ValueError(f"the bandwidth of {name!r} could not be measured, so there is no data sheet; give the profile more time")
-    return {"bandwidth": _upwards(found, GB, "GB/s")}
-
-
-def _peaks(matrix: float, vector: float) -> dict[str, str]:
-    """Peaks of products and of attention, either for both where the other was not measured."""
-    if not matrix and not vector:
-        raise ValueError("no product of matrices could be measured, so there is no data sheet; give the profile more time")
-    return {"matrix_peak": _compute(matrix or vector), "vector_peak": _compute(vector or matrix)}
-
-
-def _compute(found: float) -> str:
-    return _upwards(found, TFLOPS, "TFLOP/s") if found >= TFLOPS else _upwards(found, GFLOPS, "GFLOP/s")
-
-
-def _upwards(value: float, scale: float, unit: str) -> str:
-    """``value`` in ``unit`` with ``DIGITS`` digits, not below it."""
-    number = value / scale
-    places = DIGITS - 1 - math.floor(math.log10(number))
-    step = 10.0**-places
-    text = f"{math.ceil(number / step) * step:.{max(places, 0)}f}"
-    return f"{text if float(text) >= number else f'{(math.ceil(number / step) + 1) * step:.{max(places, 0)}f}'} {unit}"
-
-
-def _si(entry: Mapping[str, str]) -> dict[str, Any]:
-    return {key: quantity(text, UNITS[key]) if key in UNITS else text for key, text in entry.items()}
-
-
-def _quoted(text: str) -> str:
-    """A basic string of TOML: that of JSON, for texts that can be printed."""
-    return json.dumps(plain(text), ensure_ascii=False)
 
 
 def profile_machine(
@@ -308,16 +268,19 @@ def profile_machine(
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"profile: device must be 'cpu' or 'cuda', not {shown(device)}; leave it out for the GPU if there is one")
     suites: list[Suite] = [HostKernels(threads=threads, quick=quick)]
+    broken: tuple[str, ...] = ()
     if device != "cpu":
         try:
             torch = cuda_torch()
-        except ValueError:
+        except ValueError as error:
             if device == "cuda":
                 raise
+            broken = (f"cuda: {error}",) if error.__cause__ else ()  # without PyTorch or a GPU nothing is left out
         else:
             machine = cuda_machine(torch)
             suites = [TorchKernels(torch=torch, machine=machine, quick=quick), HostKernels(threads=threads, alone=False, machine=machine)]
-    return profile_suites(suites, seconds=seconds, threads=threads, progress=progress)
+    found = profile_suites(suites, seconds=seconds, threads=threads, progress=progress)
+    return replace(found, missing=(*broken, *found.missing))
 
 
 def profile_suites(
@@ -341,10 +304,9 @@ def profile_suites(
             bar.update()
 
         rates, left, interrupted = timed_rates(cells, clock, deadline, begin)
+        missing = (*sentences(cells, left), *(remark for suite in suites for remark in suite.remarks()))
         machine, device = suites[0].machine, "cuda" if any(cell.device == "cuda" for cell in cells) else "cpu"
-    return MachineProfile(
-        machine=machine, device=device, threads=threads, rates=rates, missing=sentences(cells, left), interrupted=interrupted
-    )
+    return MachineProfile(machine=machine, device=device, threads=threads, rates=rates, missing=missing, interrupted=interrupted)
 
 
 def _dealt(cells: Iterable[Cell]) -> list[Cell]:
@@ -356,11 +318,12 @@ def _dealt(cells: Iterable[Cell]) -> list[Cell]:
 
 
 class WrittenProfile(NamedTuple):
-    """Files that were written, the records in them, and sentences about what was not."""
+    """Files that were written, the records in them, sentences about what was not, and whether Ctrl-C ended the profile or its fits."""
 
     paths: tuple[Path, ...]
     records: tuple[Calibration, ...]
     missing: tuple[str, ...]
+    interrupted: bool = False
 
 
 def profile_paths(out: str | Path) -> tuple[Path, ...]:
@@ -374,79 +337,81 @@ def profile_paths(out: str | Path) -> tuple[Path, ...]:
     endings = ("_device.toml", "_records.toml", "_measured.csv", "_rates.csv")
     paths = (out, *(out.with_name(out.stem + ending) for ending in endings))
     for path in paths:
-        if path.is_file() and not _ours(path):
+        if path.is_file() and not ours(path):
             raise ValueError(f"cannot write {path}: it is there and was not written by memsplit profile; choose another --out, or move it")
         check_writable(path)
     return paths
 
 
-def _ours(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            first = file.readline()
-        if path.suffix == ".csv":
-            return {"kernel", "measured_s", "spread", "runs"} <= set(next(csv.reader([first]), []))
-        return first.startswith(MARK) or bool(path.stem.endswith("_records") and read_records(path))
-    except (OSError, ValueError):
-        return False
-
-
 def write_profile(profile: MachineProfile, out: str | Path, *, progress: Callable[[str], object] | None = None) -> WrittenProfile:
-    """Write the files of ``profile_paths``, each whole or not at all; records are fitted by the rows as they stand in the file.
+    """Write the files of ``profile_paths``; records are fitted by the rows as they stand in the file.
 
-    What cannot be written, as a data sheet without a bandwidth, is left out and named. Ctrl-C while fitting leaves out further records.
+    What was not measured, as a data sheet without a bandwidth, is left out and named. Ctrl-C while fitting leaves out further records; if
+    it came before enough was measured for a data sheet, there are no files. ValueError if a file cannot be written: then none is, or the
+    message names those that are.
     """
     sheet, device_sheet, records_sheet, measured, rates = profile_paths(out)
-    written, missing = [], [*profile.missing, *profile.remarks()]
     rows = profile.measured()
-    for path, frame in ((rates, profile.frame()), (measured, rows)):
-        if len(frame):
-            written.append(write_csv(path, frame))
+    missing = [*profile.missing, *profile.remarks()]
+    texts = {
+        path: frame.to_csv(index=False, lineterminator="\n") for path, frame in ((rates, profile.frame()), (measured, rows)) if len(frame)
+    }
     try:
-        texts = {sheet: profile.system_text(), device_sheet: profile.device_text()}
+        texts |= {sheet: profile.system_text(), device_sheet: profile.device_text()}
     except ValueError as error:
-        return WrittenProfile(
-            tuple(written), (), (*missing, f"data sheet and records: {error}", *_stale(sheet, device_sheet, records_sheet))
-        )
-    for path, text in texts.items():
-        _write(path, text)
-        written.append(path)
-    records, without = (
-        _fitted(measured, profile, progress) if len(rows) else ((), ["records: there is no kernel model for what was measured"])
-    )
-    if records:
-        parameters = {(one.kernel, one.variant): kernel_model(one.kernel, one.variant).parameters for one in records}
-        units = {key: {each.name: each.unit for each in found} for key, found in parameters.items()}
-        _write(records_sheet, f"{MARK} on {profile.date}.\n{records_text(records, units)}")
-        written.append(records_sheet)
-    return WrittenProfile(tuple(written), records, (*missing, *without, *(() if records else _stale(records_sheet))))
+        if profile.interrupted:
+            return WrittenProfile((), (), (*missing, "all files: Ctrl-C came before enough was measured for a data sheet"), True)
+        missing += [f"data sheet and records: {error}", *stale(sheet, device_sheet, records_sheet)]
+    written: list[Path] = []
+    records: tuple[Calibration, ...] = ()
+    without: tuple[str, ...] = ()
+    interrupted = False
+    try:
+        with ExitStack() as stack:
+            beside = {path: staged(stack, path, text, written) for path, text in texts.items()}
+            if sheet in beside and measured in beside:
+                records, without, interrupted = _fitted(beside[measured], measured.name, profile, progress)
+            elif sheet in beside:
+                without = ("records: there is no kernel model for what was measured",)
+            if records:
+                staged(stack, records_sheet, _records_text(records, profile, device_sheet, records_sheet), written)
+    except ValueError as error:
+        there = f"of this profile there are only {', '.join(map(str, written))}" if written else "no file of this profile was written"
+        raise ValueError(f"{error}; {there}") from error
+    if sheet in texts and not records:
+        without += stale(records_sheet)
+    paths = tuple(path for path in (*texts, records_sheet) if path in written)
+    return WrittenProfile(paths, records, (*missing, *without), profile.interrupted or interrupted)
 
 
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+def _records_text(records: Sequence[Calibration], profile: MachineProfile, device_sheet: Path, records_sheet: Path) -> str:
+    parameters = {(one.kernel, one.variant): kernel_model(one.kernel, one.variant).parameters for one in records}
+    units = {key: {each.name: each.unit for each in found} for key, found in parameters.items()}
+    way = prediction(records[0], device_sheet.name, records_sheet.name)
+    return f"{MARK} on {profile.date}.\n# To predict: {way}\n{records_text(records, units)}"
 
 
-def _stale(*paths: Path) -> tuple[str, ...]:
-    return tuple(f"{path.name}: what is there is of an earlier profile" for path in paths if path.exists())
+def _fitted(
+    path: Path, name: str, profile: MachineProfile, progress: Callable[[str], object] | None
+) -> tuple[tuple[Calibration, ...], tuple[str, ...], bool]:
+    """A record for each kind that enough shapes were measured of, sentences about the others, and whether Ctrl-C ended the fits.
 
-
-def _fitted(path: Path, profile: MachineProfile, progress: Callable[[str], object] | None) -> tuple[tuple[Calibration, ...], list[str]]:
-    """A record for each kind that enough shapes were measured of; sentences about the others."""
+    ``name``: of the file of measurements, which lies at ``path`` meanwhile.
+    """
     device = profile.profiled()
     records: list[Calibration] = []
     missing: list[str] = []
     found = read_measurements(path)
+    kinds = [f"{each.model.name} {each.model.variant}".rstrip() for each in found]
     for place, each in enumerate(found):
-        name = f"{each.model.name} {each.model.variant}".rstrip()
         try:
-            records += calibrate((each,), device, source=path.name, date=profile.date, progress=progress)
+            records += calibrate((each,), device, source=name, date=profile.date, progress=progress)
         except ValueError as error:
-            missing.append(f"record of {name}: {error}")
+            missing.append(f"record of {kinds[place]}: {error}")
         except KeyboardInterrupt:
-            missing += [f"record of {one.model.name} {one.model.variant}".rstrip() + ": Ctrl-C ended the fits" for one in found[place:]]
-            break
-    return tuple(records), missing
+            missing += [f"record of {kind}: Ctrl-C ended the fits" for kind in kinds[place:]]
+            return tuple(records), tuple(missing), True
+    return tuple(records), tuple(missing), False
 
 
 def this_machine(device: str = "cpu") -> Machine:
@@ -477,21 +442,37 @@ def profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def profile_command(parsed: argparse.Namespace) -> int:
-    """``memsplit profile``: exit code 0, 1 if too little was measured for a data sheet, 130 after Ctrl-C, with what there is written."""
-    profile_paths(parsed.out)
+    """``memsplit profile``: exit code 0, 1 if too little was measured for a data sheet, 130 after Ctrl-C, with what there is written.
+
+    Ctrl-C before enough was measured for a data sheet writes nothing.
+    """
+    _, device_sheet, records_sheet, *_ = profile_paths(parsed.out)
     profile = profile_machine(device=parsed.device, quick=parsed.quick, threads=parsed.threads)
-    written = write_profile(profile, parsed.out)
     show(profile.frame().drop(columns=["version", "date"]).dropna(axis="columns", how="all"), title=profile.machine.title, rows=200)
     print("\nspread: the range of the middle half of the runs over their median.")
     if profile.rates:
         typical = float(np.median([one.spread for one in profile.rates]))
-        print(f"Half of the shapes have a spread above {100 * typical:.2g} %" + (": the machine was busy." if typical > CALM else "."))
+        print(
+            f"Half of the shapes have a spread above {100 * typical:.2g} %" + (": the machine was busy." if typical > CALM else "."),
+            flush=True,
+        )
+    written = write_profile(profile, parsed.out)
     for record in written.records:
         print(f"Record of {record.kernel} {record.variant}".rstrip() + f": fitted within {record.fitted.mape_pct:.2g} % in the mean.")
     for sentence in written.missing:
         print(f"Left out: {sentence}.")
     for path in written.paths:
         print(f"Written: {path}")
-    if profile.interrupted:
+    if written.records:
+        print(f"To predict: {prediction(written.records[0], str(device_sheet), str(records_sheet))}")
+    if written.interrupted:
+        print(f"memsplit: interrupted; {_kept(written)}", file=sys.stderr)
         return INTERRUPTED
     return 0 if Path(parsed.out) in written.paths else 1
+
+
+def _kept(written: WrittenProfile) -> str:
+    """What there is after Ctrl-C."""
+    if not written.paths:
+        return "too little was measured for a data sheet, and nothing was written"
+    return f"what was finished is written: {', '.join(path.name for path in written.paths)}"

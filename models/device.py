@@ -147,6 +147,10 @@ def read_devices(path: str | Path) -> tuple[dict[str, Device], dict[str, float]]
     except OSError as error:
         raise ValueError(f"cannot read the devices in {path}: {error.strerror}; name a TOML file") from None
     except ValidationError as error:
+        beside = path.with_name(f"{path.stem.removesuffix('_records')}_device.toml")  # as a profile of a machine names its files
+        if ("tier" in data or "record" in data) and beside.is_file():
+            holds = "the data sheet of a system" if "tier" in data else "a file of calibration records"
+            raise ValueError(f"{path} must hold a [[device]], and is {holds}; name {beside}, which lies beside it") from None
         first = error.errors(include_url=False, include_context=False)[0]
         where, *rest = first["loc"]
         if not rest or "tier" in data or "unit" in data:
@@ -195,4 +199,5 @@ def device_named(name: str | Path) -> Device:
         if len(found) == 1:
             return found[0]
         raise ValueError(f"{name} must have one [[device]], not {len(found)}; name a file with the one that is meant")
-    raise ValueError(f"there is no device and no file {str(name)!r}; name a data sheet (.toml) or one of {', '.join(known)}")
+    own = "a data sheet (.toml; that of a profiled machine ends in _device.toml)"
+    raise ValueError(f"there is no device and no file {str(name)!r}; name {own} or one of {', '.join(known)}")

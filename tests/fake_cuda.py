@@ -8,6 +8,8 @@ Each stream and the host has a vector clock; events and waits join them. Two acc
 of events orders are a race, whatever their order was here. Memory of the device that a stream still uses when it is freed is one, too, as
 PyTorch's allocator gives it away at once unless ``record_stream`` was called. Operations on tensors of both host and device fail. Where
 the host has to wait for the device is counted: copies of memory that is not pinned, scalars, sizes that depend on data.
+While a graph is recorded such a wait fails, as it does on a real device; a replay accesses what was recorded, by the stream that launches
+it, and memory that was freed since is a race.
 """
 
 from __future__ import annotations
@@ -76,6 +78,29 @@ class Event:
         return (end.at - self.at) * 1e3
 
 
+class Graph:
+    """As torch.cuda.CUDAGraph, for one stream: what is recorded is computed then, and accesses memory when it is replayed."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.replays = cuda, 0
+        self.accesses: dict[tuple[int, int, int, bool], tuple[Held, str]] = {}
+        self.own: set[int] = set()
+        """Memory that was allocated meanwhile: it stays the graph's."""
+
+    def replay(self) -> None:
+        cuda, self.replays = self.cuda, self.replays + 1
+        cuda.tick(cuda.current)
+        for (key, begin, end, write), (held, what) in self.accesses.items():
+            if key in self.own:
+                continue
+            if held.alive.expired():
+                cuda.races.append(f"freed before a replay uses it: {what}")
+            else:
+                cuda.touch(held, begin, end, cuda.current, write, f"replayed {what}")
+                if cuda.current != held.owner:
+                    cuda.shared.add(key)
+
+
 class FakeCuda:
     """PyTorch's CUDA as far as memsplit uses it; ``races`` and ``syncs`` are what happened."""
 
@@ -90,6 +115,9 @@ class FakeCuda:
         """Most bytes of the device in use at once, from when it is set to 0."""
         self.races: list[str] = []
         self.syncs: list[str] = []
+        self.graphs: list[Graph] = []
+        """Those that were recorded to their end."""
+        self.recording: Graph | None = None
         self.device_only = self.pinned = False
 
     def __enter__(self) -> FakeCuda:
@@ -108,6 +136,8 @@ class FakeCuda:
             "stream": self.using,
             "current_stream": lambda place=None: Stream(self, self.current),
             "_sleep": lambda cycles: None,
+            "CUDAGraph": lambda: Graph(self),
+            "graph": self.record,
             "get_device_name": lambda place=None: "Fake GPU",
             "get_device_capability": lambda place=None: (9, 0),
             "get_device_properties": lambda place=None: SimpleNamespace(multi_processor_count=4, L2_cache_size=2**20),
@@ -142,6 +172,18 @@ class FakeCuda:
         finally:
             self.current = before
 
+    @contextmanager
+    def record(self, graph: Graph, stream: Stream):
+        assert self.recording is None, "one graph at a time"
+        assert stream.number, "the stream that computes cannot be recorded"
+        self.recording = graph
+        try:
+            with self.using(stream):
+                yield
+        finally:
+            self.recording = None
+        self.graphs.append(graph)
+
     def join(self, actor: int, seen: dict[int, int]) -> None:
         clock = self.clocks[actor]
         for other, at in seen.items():
@@ -156,6 +198,8 @@ class FakeCuda:
         return clock
 
     def wait(self, stream: int, why: str) -> None:
+        if self.recording is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {why}")
         self.syncs.append(why)
         self.join(HOST, self.clocks[stream])
 
@@ -197,8 +241,16 @@ class FakeCuda:
         begin = tensor.data_ptr()
         span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         end = begin + span * tensor.element_size()
-        held, clock = self.of(tensor), self.clocks[actor]
-        kept = []
+        held = self.of(tensor)
+        if self.recording is not None and actor != HOST:
+            self.recording.accesses[tensor.untyped_storage()._cdata, begin, end, write] = held, what
+            return
+        self.touch(held, begin, end, actor, write, what)
+        if held.near and actor != held.owner:
+            self.shared.add(tensor.untyped_storage()._cdata)
+
+    def touch(self, held: Held, begin: int, end: int, actor: int, write: bool, what: str) -> None:
+        clock, kept = self.clocks[actor], []
         for one in held.accesses:
             b, e, who, at, wrote, did = one
             ordered = clock.get(who, 0) >= at
@@ -209,8 +261,6 @@ class FakeCuda:
                 kept.append(one)
         kept.append((begin, end, actor, clock[actor], write, what))
         held.accesses = kept
-        if held.near and actor != held.owner:
-            self.shared.add(tensor.untyped_storage()._cdata)
 
 
 class _Generator(torch.Generator):
@@ -249,6 +299,8 @@ class _Access(TorchDispatchMode):
         cuda.device_only = near
         for one in fresh:
             cuda.of(one)
+            if cuda.recording is not None:
+                cuda.recording.own.add(one.untyped_storage()._cdata)
         cuda.device_only = before
         if cuda.peak is not None:
             cuda.peak = max(cuda.peak, cuda.allocated())

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,9 +38,13 @@ class Kernels:
     made: Sequence[Cell]
     machine: Machine = HOST
     closed: bool = False
+    remarked: Sequence[str] = ()
 
     def cells(self) -> Sequence[Cell]:
         return self.made
+
+    def remarks(self) -> Sequence[str]:
+        return self.remarked
 
     def close(self) -> None:
         self.closed = True
@@ -196,6 +199,12 @@ def test_ctrl_c_before_the_first_rate_leaves_nothing_to_write():
     assert suite.closed
 
 
+def test_what_a_suite_remarks_is_said_with_what_is_missing():
+    clock = Clock()
+    suite = Kernels([cell(scripted(clock, [0.01]))], remarked=("cpu read: the other way",))
+    assert profile_suites([suite], seconds=100.0, clock=clock).missing == ("cpu read: the other way",)
+
+
 def shapes_of(one: Cell) -> dict[str, np.ndarray]:
     return {name: np.array([float(value)]) for name, value in one.shape.items()}
 
@@ -257,15 +266,6 @@ def test_threads_of_products_are_set_and_set_back(monkeypatch: pytest.MonkeyPatc
         pass
     with pytest.raises(RuntimeError, match="OMP_NUM_THREADS=2"), _machine_kernels._blas_threads(2):
         pass
-
-
-def test_a_container_limits_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    limit = tmp_path / "memory.max"
-    limit.write_text("1048576\n")
-    monkeypatch.setattr(_machine_kernels, "LIMITS", (str(limit),))
-    assert _machine_kernels._memory("MemTotal") == 1048576
-    limit.write_text("max\n")
-    assert _machine_kernels._memory("MemTotal") > 1048576
 
 
 SMALL = Grid(
