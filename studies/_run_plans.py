@@ -181,8 +181,8 @@ def _cut(llm: LLMConfig, layers: int | None, rows: int) -> LLMConfig:
     positions = llm.max_position_embeddings and max(llm.max_position_embeddings, rows + 2)
     if positions > llm.max_position_embeddings:
         print(
-            f"note: {llm.name} has a table of {llm.max_position_embeddings} learned positions; it is run with one of {positions}, random like "
-            "all weights, which changes no time",
+            f"note: {llm.name} has a table of {llm.max_position_embeddings} learned positions; it is run with one of {positions}, random "
+            "like all weights, which changes no time",
             file=sys.stderr,
         )
     dense = min(llm.num_dense_layers, held)

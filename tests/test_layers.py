@@ -34,7 +34,7 @@ VENDORS = {
         "dse/runtime/_weights.py",
         "dse/runtime/_execution.py",
         "dse/runtime/_states.py",
-        "dse/_machine_torch.py",
+        "dse/machine/_torch.py",
     ),
     "safetensors": ("dse/runtime/_weights.py",),
 }

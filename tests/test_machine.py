@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from test_machine_kernels import BOTH, HOST
 
-from memsplit.dse import _machine_files, _machine_host, _machine_kernels, machine
-from memsplit.dse._machine_kernels import LEAST, MOST, Cell, HostKernels, Rate
-from memsplit.dse._machine_torch import TorchKernels
 from memsplit.dse.cli import main
 from memsplit.dse.machine import (
     MachineProfile,
+    _files,
+    _host,
+    _kernels,
     check_same_machine,
     profile_arguments,
     profile_command,
@@ -26,6 +26,9 @@ from memsplit.dse.machine import (
     profile_paths,
     write_profile,
 )
+from memsplit.dse.machine import profile as machine
+from memsplit.dse.machine._kernels import LEAST, MOST, Cell, HostKernels, Rate
+from memsplit.dse.machine._torch import TorchKernels
 from memsplit.dse.measurements import Measurements, read_measurements
 from memsplit.models import KernelMappingProblem, KernelTime, StepMachines, StepModel, System, Workload
 from memsplit.models.calibration_records import read_records
@@ -189,7 +192,7 @@ def test_the_data_sheet_ends_in_toml(tmp_path: Path):
 
 def failing(monkeypatch: pytest.MonkeyPatch, ending: str, where: str) -> None:
     """A disk that is full when a file of that name is written, or a folder that is lost when it takes its place."""
-    whole = _machine_files.os.fsync
+    whole = _files.os.fsync
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def fsync(number: int) -> None:
@@ -203,7 +206,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, ending: str, where: str) -> None:
         return Path(os.rename(self, target) or target)
 
     if where == "written":
-        monkeypatch.setattr(_machine_files.os, "fsync", fsync)
+        monkeypatch.setattr(_files.os, "fsync", fsync)
     else:
         monkeypatch.setattr(Path, "replace", replace)
 
@@ -306,9 +309,9 @@ def test_odd_names_are_written_as_toml(tmp_path: Path):
 def this_machine() -> MachineProfile:
     """A short profile with buffers of 16 MiB, in at most three seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_machine_kernels, "SIZES", (16 * MiB, MiB))
-        patch.setattr(_machine_kernels, "QUICK_SIZES", (16 * MiB, MiB))
-        patch.setattr(_machine_host, "_last_caches", lambda cpus: 4.0 * MiB)
+        patch.setattr(_kernels, "SIZES", (16 * MiB, MiB))
+        patch.setattr(_kernels, "QUICK_SIZES", (16 * MiB, MiB))
+        patch.setattr(_host, "_last_caches", lambda cpus: 4.0 * MiB)
         return profile_machine(device="cpu", seconds=4.0, quick=True, threads=1, progress=False)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_machine_kernels import HOST
 
-from memsplit.dse import _free_memory, _machine_host, _machine_kernels
-from memsplit.dse._machine_kernels import COLD, HostKernels
-from memsplit.dse.machine import profile_suites
+from memsplit.dse import _resources
+from memsplit.dse.machine import _host, _kernels, profile_suites
+from memsplit.dse.machine._kernels import COLD, HostKernels
 from memsplit.models.units import GB, MiB
 
 
@@ -30,24 +30,24 @@ def test_a_container_limits_the_memory(listed: str, group: str, file: str, tmp_p
     (tmp_path / "proc/self/cgroup").write_text(f"{listed}\n")
     limit = tmp_path / "groups" / group / file
     limit.parent.mkdir(parents=True)
-    monkeypatch.setattr(_free_memory, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(_free_memory, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(_resources, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(_resources, "CGROUPS", tmp_path / "groups")
     for text, memory in (("1048576\n", 2**20), ("max\n", 2**22), (f"{2**63 - 4096}\n", 2**22)):
         limit.write_text(text)
-        assert _machine_host.total_memory() == memory
-    assert _machine_host.host_machine().memory == 2**22
+        assert _resources.total_memory() == memory
+    assert _host.host_machine().memory == 2**22
 
 
 def test_a_machine_that_does_not_tell_its_memory_is_not_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_free_memory, "PROC", tmp_path)
+    monkeypatch.setattr(_resources, "PROC", tmp_path)
     with pytest.raises(ValueError, match="size of the memory is not known"):
-        _machine_host.total_memory()
+        _resources.total_memory()
 
 
 @pytest.mark.parametrize(("free", "size"), [(8 * 64 * MiB, 64 * MiB), (10**12, 256 * MiB), (0, MiB), (None, MiB)])
 def test_buffers_take_an_eighth_of_what_this_process_may_still_have(free: int | None, size: int, monkeypatch: pytest.MonkeyPatch):
     """At most the largest size, and at least the smallest."""
-    monkeypatch.setattr(_machine_kernels, "free_memory", lambda: free)
+    monkeypatch.setattr(_kernels, "free_memory", lambda: free)
     assert HostKernels(threads=1, quick=True, machine=HOST).size == size
 
 
@@ -66,29 +66,29 @@ def processor(folder: Path, chiplets: int, cores: int, level3: str) -> None:
 def test_the_last_caches_of_all_chiplets_count_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Twelve chiplets of 32 MiB are 384 MiB, of which a process that may use two of them has 64."""
     processor(tmp_path, 12, 4, "32768K")
-    monkeypatch.setattr(_machine_host, "CPUS", tmp_path)
-    assert _machine_host._last_caches(range(48)) == 384 * MiB
-    assert _machine_host._last_caches([0, 3, 4]) == 64 * MiB
-    assert _machine_host._last_caches([48]) is None
+    monkeypatch.setattr(_host, "CPUS", tmp_path)
+    assert _host._last_caches(range(48)) == 384 * MiB
+    assert _host._last_caches([0, 3, 4]) == 64 * MiB
+    assert _host._last_caches([48]) is None
 
 
 def test_a_size_that_no_cache_holds_is_read_and_only_it_counts_as_memory(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_machine_kernels, "free_memory", lambda: 64 * GB)
+    monkeypatch.setattr(_kernels, "free_memory", lambda: 64 * GB)
     suite = HostKernels(threads=2, quick=True, machine=dataclasses.replace(HOST, cache=384.0 * MiB))
     moving = [one for one in suite.cells() if one.kind in ("read", "copy")]
     assert {one.shape["bytes"] for one in moving if one.cold} == {COLD * 384 * MiB}
     assert max(one.shape["bytes"] for one in moving if not one.cold) < COLD * 384 * MiB
     assert suite.size == COLD * 384 * MiB
     small = HostKernels(threads=2, quick=True, machine=HOST)
-    assert {one.shape["bytes"] for one in small.cells() if one.kind == "read"} == set(_machine_kernels.QUICK_SIZES)
+    assert {one.shape["bytes"] for one in small.cells() if one.kind == "read"} == set(_kernels.QUICK_SIZES)
     unknown = HostKernels(threads=2, quick=True, machine=dataclasses.replace(HOST, cache=None))
     assert not any(one.cold for one in unknown.cells())
 
 
 def test_a_size_that_does_not_fit_is_left_out_and_the_bandwidth_is_doubted(monkeypatch: pytest.MonkeyPatch):
     """An eighth of 64 MiB is free for a buffer, and caches of 8 MiB call for 32."""
-    monkeypatch.setattr(_machine_kernels, "free_memory", lambda: 64 * MiB)
-    monkeypatch.setattr(_machine_kernels, "QUICK_SIZES", (4 * MiB, MiB))
+    monkeypatch.setattr(_kernels, "free_memory", lambda: 64 * MiB)
+    monkeypatch.setattr(_kernels, "QUICK_SIZES", (4 * MiB, MiB))
     suite = HostKernels(threads=1, quick=True, machine=dataclasses.replace(HOST, cache=8.0 * MiB))
     reads = [one for one in suite.cells() if one.kind == "read"]
     monkeypatch.setattr(HostKernels, "cells", lambda self: reads)

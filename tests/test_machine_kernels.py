@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memsplit.dse import _machine_kernels, _machine_torch
-from memsplit.dse._machine_kernels import LEAST, MOST, RUN, Cell, Machine
-from memsplit.dse._machine_torch import Grid, TorchKernels
-from memsplit.dse.machine import MachineProfile, profile_suites
+from memsplit.dse.machine import MachineProfile, _kernels, _torch, profile_suites
+from memsplit.dse.machine._kernels import LEAST, MOST, RUN, Cell, Machine
+from memsplit.dse.machine._torch import Grid, TorchKernels
 from memsplit.models.device import device_named
 from memsplit.models.kernel_models import kernel_model
 from memsplit.models.units import GB, MiB
@@ -228,7 +227,7 @@ def test_attention_on_the_host_is_attention():
     random = np.random.default_rng(1)
     keys, values = (random.normal(size=2 * 4 * 16 * 8).astype(np.float32) for _ in range(2))
     shape = {"batch": 2, "seq": 16, "heads": 8, "kv_heads": 4, "head_dim": 4}
-    work = _machine_kernels._host_attention(keys, values, shape)
+    work = _kernels._host_attention(keys, values, shape)
     products: list[np.ndarray] = []
     original = np.matmul
 
@@ -237,7 +236,7 @@ def test_attention_on_the_host_is_attention():
         return products[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_machine_kernels.np, "matmul", kept)
+        patch.setattr(_kernels.np, "matmul", kept)
         work(2)
     query = np.full(4, 0.01)
     for place, outcome in enumerate((products[1], products[3])):
@@ -250,21 +249,21 @@ def test_attention_on_the_host_is_attention():
 
 def test_threads_of_products_are_set_and_set_back(monkeypatch: pytest.MonkeyPatch):
     np.ones((4, 4)) @ np.ones((4, 4))
-    libraries = _machine_kernels._blas_libraries()
+    libraries = _kernels._blas_libraries()
     before = [current() for _, current in libraries]
     for change, current in libraries:
         change(2)
-        with _machine_kernels._blas_threads(1):
+        with _kernels._blas_threads(1):
             assert current() == 1
         assert current() == 2
     for (change, _), count in zip(libraries, before, strict=True):
         change(count)
-    monkeypatch.setattr(_machine_kernels, "_blas_libraries", tuple)
-    monkeypatch.setattr(_machine_kernels, "usable_cores", lambda: 4)
+    monkeypatch.setattr(_kernels, "_blas_libraries", tuple)
+    monkeypatch.setattr(_kernels, "usable_cores", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with _machine_kernels._blas_threads(4):
+    with _kernels._blas_threads(4):
         pass
-    with pytest.raises(RuntimeError, match="OMP_NUM_THREADS=2"), _machine_kernels._blas_threads(2):
+    with pytest.raises(RuntimeError, match="OMP_NUM_THREADS=2"), _kernels._blas_threads(2):
         pass
 
 
@@ -286,7 +285,7 @@ def test_the_kernels_of_a_gpu_run_on_a_processor_too(monkeypatch: pytest.MonkeyP
     if torch.cuda.is_available():
         pytest.skip("a machine with a GPU has pinned memory")
     torch.set_num_threads(1)
-    monkeypatch.setattr(_machine_torch, "QUICK", SMALL)
+    monkeypatch.setattr(_torch, "QUICK", SMALL)
     suite = TorchKernels(torch=torch, machine=BOTH, place="cpu", quick=True, size=4 * MiB)
     found = profile_suites([suite], seconds=4.0)
     assert found.device == "cuda"

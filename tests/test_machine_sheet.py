@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_machine_kernels import BOTH, HOST
 
-from memsplit.dse._machine_kernels import Cell, HostKernels, Rate
-from memsplit.dse._machine_sheet import attention_rate, upwards
-from memsplit.dse._machine_torch import TorchKernels
 from memsplit.dse.machine import MachineProfile
+from memsplit.dse.machine._kernels import Cell, HostKernels, Rate
+from memsplit.dse.machine._sheet import attention_rate, upwards
+from memsplit.dse.machine._torch import TorchKernels
 from memsplit.models import System
 from memsplit.models.units import GB, quantity
 

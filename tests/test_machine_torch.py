@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from test_machine_kernels import BOTH, SMALL
 
-from memsplit.dse import _machine_torch
-from memsplit.dse._machine_kernels import Cell, HostKernels
-from memsplit.dse._machine_torch import TorchKernels
-from memsplit.dse.machine import profile_machine, profile_suites
+from memsplit.dse.machine import _torch, profile_machine, profile_suites
+from memsplit.dse.machine._kernels import Cell, HostKernels
+from memsplit.dse.machine._torch import TorchKernels
 from memsplit.models.units import MiB
 
 
@@ -92,7 +91,7 @@ class Simulated:
 
 
 def timed_on(gpu: Simulated, monkeypatch: pytest.MonkeyPatch) -> TorchKernels:
-    monkeypatch.setattr(_machine_torch, "time", gpu)
+    monkeypatch.setattr(_torch, "time", gpu)
     return TorchKernels(torch=gpu, machine=BOTH, size=MiB)
 
 
@@ -150,7 +149,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         pytest.skip("there is a real CUDA device")
     from fake_cuda import FakeCuda  # changes PyTorch when it is imported
 
-    monkeypatch.setattr(_machine_torch, "QUICK", SMALL)
+    monkeypatch.setattr(_torch, "QUICK", SMALL)
     with FakeCuda(memory=2**24) as cuda:
         yield cuda
 

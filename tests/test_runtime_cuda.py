@@ -21,7 +21,7 @@ from fake_cuda import FakeCuda  # noqa: E402
 from test_machine_kernels import SMALL  # noqa: E402
 from test_runtime_link import any_plan  # noqa: E402
 
-from memsplit.dse import _machine_torch, profile_machine  # noqa: E402
+from memsplit.dse.machine import _torch, profile_machine  # noqa: E402
 from memsplit.dse.runtime._link import CudaTransfers  # noqa: E402
 from memsplit.dse.runtime._states import CacheState, HostState  # noqa: E402
 
@@ -94,7 +94,7 @@ def test_parts_of_a_layer_are_timed_without_a_race():
 
 
 def test_a_gpu_is_profiled_without_a_race(monkeypatch):
-    monkeypatch.setattr(_machine_torch, "QUICK", SMALL)
+    monkeypatch.setattr(_torch, "QUICK", SMALL)
     with FakeCuda(memory=2**24) as cuda:
         found = profile_machine(device="cuda", quick=True, progress=False)
     assert {rate.cell.kind for rate in found.rates} >= {"read", "copy", "gemm", "decode_attention", "launch", "host_link"}

@@ -17,8 +17,7 @@ from ...models.checks import check_number, shown, whole
 from ...models.llm import LLMConfig
 from ...models.offload import WeightsOn, largest
 from ...models.units import GB
-from .._free_memory import free_memory
-from .._machine_kernels import usable_cores
+from .._resources import free_memory, usable_cores
 from .plans import CachePlan, ExecutedPlan, FullKV, Placement, SplitKV
 from .times import LayerTimes
 

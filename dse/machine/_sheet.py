@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..models.units import GB, GFLOPS, TFLOPS, quantity
-from ._machine_host import plain
-from ._machine_kernels import Rate
+from ...models.units import GB, GFLOPS, TFLOPS, quantity
+from ._host import plain
+from ._kernels import Rate
 
 DIGITS = 4
 """Of rates in a data sheet; rounded up, so that no measured row beats them."""

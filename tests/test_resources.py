@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from memsplit.dse import _free_memory
-from memsplit.dse._free_memory import free_memory
+from memsplit.dse import _resources
+from memsplit.dse._resources import free_memory
 
 
 @pytest.fixture
@@ -17,9 +17,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (proc / "self").mkdir(parents=True)
     groups.mkdir()
     (proc / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    8000000 kB\n")
-    monkeypatch.setattr(_free_memory, "PROC", proc)
-    monkeypatch.setattr(_free_memory, "CGROUPS", groups)
-    monkeypatch.setattr(_free_memory, "_limit", lambda: iter(()))
+    monkeypatch.setattr(_resources, "PROC", proc)
+    monkeypatch.setattr(_resources, "CGROUPS", groups)
+    monkeypatch.setattr(_resources, "_limit", lambda: iter(()))
     return proc, groups
 
 
@@ -60,7 +60,7 @@ def test_nothing_is_known_where_nothing_is_said(files):
 def test_a_limit_of_the_process_counts():
     code = (
         "import resource\n"
-        "from memsplit.dse._free_memory import free_memory\n"
+        "from memsplit.dse._resources import free_memory\n"
         "resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, resource.RLIM_INFINITY))\n"
         "assert free_memory() < 12 * 2**30, free_memory()\n"
     )

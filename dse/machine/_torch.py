@@ -22,10 +22,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ..models.kernel_gemm import GemmTime
-from ..models.units import GiB, KiB, MiB
-from ._machine_host import Machine, host_machine, plain, software_versions, text_of
-from ._machine_kernels import COLD, QUICK_SIZES, SIZES, Cell, Passes, check_room, wall
+from ...models.kernel_gemm import GemmTime
+from ...models.units import GiB, KiB, MiB
+from .._resources import text_of
+from ._host import Machine, host_machine, plain, software_versions
+from ._kernels import COLD, QUICK_SIZES, SIZES, Cell, Passes, check_room, wall
 
 HALF = 2.0
 """Bytes of a number in products and attention: 16 bits."""

@@ -23,10 +23,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models.units import MiB
-from ._free_memory import free_memory
-from ._machine_host import Machine, host_machine, plain, text_of
-from ._machine_host import usable_cores as usable_cores  # other modules take it from here
+from ...models.units import MiB
+from .._resources import free_memory, text_of, usable_cores
+from ._host import Machine, host_machine, plain
 
 Passes = Callable[[int], float]
 """Seconds of so many passes of a kernel, one after the other."""

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..models.calibration import Calibration
-from ..models.calibration_records import read_records
-from ._machine_sheet import quoted
-from .table import replacing
+from ...models.calibration import Calibration
+from ...models.calibration_records import read_records
+from ..table import replacing
+from ._sheet import quoted
 
 MARK = "# Measured by memsplit profile"
 """How its files begin."""

@@ -22,22 +22,23 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .. import __version__
-from ..models.calibration import Calibration
-from ..models.calibration_records import records_text
-from ..models.checks import check_number, shown, whole
-from ..models.device import Device, links
-from ..models.hardware import ComputeUnit, Link, MemoryTier, System
-from ..models.kernel_models import kernel_model
-from ..models.units import GB, GFLOPS, MiB, us
-from ._machine_files import MARK, ours, prediction, staged, stale
-from ._machine_host import BESIDE, Machine, host_machine, plain, usable_cores
-from ._machine_kernels import CALM, Cell, HostKernels, Rate, Suite, sentences, timed_rates
-from ._machine_sheet import Attention, attention_rate, bandwidth_entry, peak_entries, quoted, si, upwards
-from ._machine_torch import TorchKernels, cuda_machine, cuda_torch
-from .measurements import calibrate, read_measurements
-from .study import INTERRUPTED, positive, show
-from .table import check_writable
+from ... import __version__
+from ...models.calibration import Calibration
+from ...models.calibration_records import records_text
+from ...models.checks import check_number, shown, whole
+from ...models.device import Device, links
+from ...models.hardware import ComputeUnit, Link, MemoryTier, System
+from ...models.kernel_models import kernel_model
+from ...models.units import GB, GFLOPS, MiB, us
+from .._resources import usable_cores
+from ..measurements import calibrate, read_measurements
+from ..study import INTERRUPTED, positive, show
+from ..table import check_writable
+from ._files import MARK, ours, prediction, staged, stale
+from ._host import BESIDE, Machine, host_machine, plain
+from ._kernels import CALM, Cell, HostKernels, Rate, Suite, sentences, timed_rates
+from ._sheet import Attention, attention_rate, bandwidth_entry, peak_entries, quoted, si, upwards
+from ._torch import TorchKernels, cuda_machine, cuda_torch
 
 LONGEST = 120.0
 """Seconds that a profile may take."""
