@@ -59,7 +59,8 @@ def measured_runs(folder: Path = MEASURED) -> tuple[pd.DataFrame, list[str]]:
             if not (np.isfinite(numbers) & (numbers >= 0)).all() or (name != "spread_s" and not (numbers > 0).all()):
                 raise ValueError(f"{path}: {name} must be seconds above 0 in every row; put tables there as they were written")
         # "555.10" is no number.
-        frame = frame.assign(**{name: texts for name, texts in pd.read_csv(path, usecols=["driver", "torch"], dtype=str).items()})
+        texts = pd.read_csv(path, usecols=["driver", "torch"], dtype=str)
+        frame = frame.assign(driver=texts["driver"], torch=texts["torch"])
         shown = frame[
             (frame["device"] == "cuda")
             & (frame["link_kind"] == "real")
