@@ -42,6 +42,7 @@ class Held:
     near: bool
     pinned: bool
     owner: int
+    nbytes: int
     accesses: list[tuple[int, int, int, int, bool, str]] = field(default_factory=list)
     recorded: set[int] = field(default_factory=set)
 
@@ -111,6 +112,8 @@ class FakeCuda:
         self.shared: set[int] = set()
         """Memory of the device that another stream than its owner has used: looked at before every operation."""
         self.operations = 0
+        self.waiting: list[tuple[int, dict[int, int]]] = []
+        """Freed memory that streams were recorded for: bytes, and when each stream used it last."""
         self.peak: int | None = None
         """Most bytes of the device in use at once, from when it is set to 0."""
         self.races: list[str] = []
@@ -143,7 +146,9 @@ class FakeCuda:
             "get_device_properties": lambda place=None: SimpleNamespace(multi_processor_count=4, L2_cache_size=2**20),
         }.items():
             patch.setattr(torch.cuda, name, value)
-        patch.setattr(torch.accelerator, "empty_host_cache", lambda: None, raising=False)
+        if hasattr(torch, "accelerator"):
+            patch.setattr(torch.accelerator, "empty_host_cache", lambda: None, raising=False)
+        patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
         patch.setattr(torch, "Generator", _Generator)
         patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.of(tensor).recorded.add(stream.number))
         self._stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -209,7 +214,7 @@ class FakeCuda:
         storage = tensor.untyped_storage()
         found = self.held.get(storage._cdata)
         if found is None:
-            found = Held(StorageWeakRef(storage), near=self.device_only, pinned=self.pinned, owner=self.current)
+            found = Held(StorageWeakRef(storage), near=self.device_only, pinned=self.pinned, owner=self.current, nbytes=len(storage))
             self.held[storage._cdata] = found
         return found
 
@@ -218,9 +223,12 @@ class FakeCuda:
             self.peak = self.allocated()
 
     def allocated(self) -> int:
-        """Bytes of the device that are in use."""
+        """Bytes of the device that are in use, or were recorded for a stream that the host does not know to be done with them."""
         alive = [one.alive.cdata for one in self.held.values() if one.near and not one.alive.expired()]
-        return sum(len(torch.UntypedStorage._new_with_weak_ptr(one)) for one in alive)
+        known = self.clocks[HOST]
+        self.waiting = [one for one in self.waiting if any(known.get(stream, 0) < at for stream, at in one[1].items())]
+        freed = sum(nbytes for nbytes, _ in self.waiting)
+        return freed + sum(len(torch.UntypedStorage._new_with_weak_ptr(one)) for one in alive)
 
     def sweep(self) -> None:
         """Forget what was freed; memory of the device must not be in use by a stream that the allocator does not know of."""
@@ -230,6 +238,9 @@ class FakeCuda:
         for key in [key for key in looked_at if expired(self.held[key].alive.cdata)]:
             one = self.held.pop(key)
             self.shared.discard(key)
+            if one.near and one.recorded:
+                last = {actor: at for _, _, actor, at, _, _ in one.accesses if actor in one.recorded}
+                self.waiting.append((one.nbytes, last))
             for _, _, actor, at, _, what in one.accesses:
                 known = actor in (one.owner, HOST) or actor in one.recorded or self.clocks[one.owner].get(actor, 0) >= at
                 if one.near and not known:

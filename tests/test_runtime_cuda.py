@@ -4,6 +4,7 @@ What a real device adds, its speed and its own mistakes, is tested where there i
 """
 
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -49,12 +50,15 @@ LLMS = {"OPT": TINY_OPT, "Llama, GQA": TINY_LLAMA, "one layer": alone(TINY_OPT)}
 def test_no_plan_races_and_all_give_the_same_tokens(llm):
     with Runtime(llm, seed=1) as runtime:
         prompts = runtime.random_prompts(REQUESTS, PROMPT)
-        full = runtime.generate(prompts, GENERATED)
+        full = runtime.generate(prompts, GENERATED, state=True)
     with FakeCuda() as cuda, Runtime(llm, seed=1, device="cuda") as runtime:
         for plan in PLANS.values():
-            found = runtime.generate(prompts, GENERATED, plan)
+            found = runtime.generate(prompts, GENERATED, plan, state=True)
             np.testing.assert_array_equal(found.tokens, full.tokens)
+            # Rounding, as in test_runtime.py.
+            np.testing.assert_allclose(found.keys, full.keys, rtol=0, atol=1e-4)
             assert all(seconds > 0 for seconds in found.step_seconds)
+            runtime.layer_times(2, PROMPT, repeats=1)  # in memory that the run before may still be sent from
     assert not cuda.races
 
 
@@ -65,6 +69,19 @@ def test_no_plan_of_any_settings_races(seed):
         for _ in range(12):
             prompts = runtime.random_prompts(chance.choice([2, 4]), chance.choice([1, 2, 17]))
             runtime.generate(prompts, 3, any_plan(chance, *prompts.shape))
+    assert not cuda.races
+
+
+@pytest.mark.parametrize("llm", [TINY_OPT, alone(TINY_OPT)], ids=["three layers", "one layer"])
+def test_no_blocks_of_few_tokens_race(llm):
+    """Mini-batches of one request, of which some load nothing, some store nothing, and slots come around soonest."""
+    chance, one_each = random.Random(7), MiniBatchPlan(batches=((0,), (1,), (2,)))
+    with FakeCuda() as cuda, Runtime(llm, device="cuda") as runtime:
+        for _ in range(40):
+            counts = dict(zip(("kv_gpu", "act_gpu", "kv_host", "act_host"), chance.choices([0, 1, 2], k=4), strict=True))
+            if any(counts.values()):
+                blocks = CachePlan(blocks=CacheRatioPlan(**counts), block=chance.choice([1, 2]), mini_batches=one_each, weights="gpu")
+                runtime.generate(runtime.random_prompts(3, chance.choice([1, 2])), 4, blocks)
     assert not cuda.races
 
 
@@ -102,42 +119,97 @@ def test_a_gpu_is_profiled_without_a_race(monkeypatch):
     assert not cuda.races
 
 
-PLACED = Placement(weights=0.5, cache=0.5, hidden=0.5, gpu_batches=2)
+NINE = MiniBatchPlan(batches=(tuple(range(9)), (9, 10, 11)))
 
 
 @pytest.mark.parametrize("llm", [TINY_OPT, TINY_LLAMA], ids=["OPT", "Llama"])
-@pytest.mark.parametrize("plan", [FullKV(), TransferKV(weights="host"), SplitKV(split=100), BLOCKS, PLACED])
-def test_no_more_memory_is_taken_than_was_planned(llm, plan):
-    """Of the device, prefill of long prompts included, after weights were elsewhere."""
-    with FakeCuda() as cuda, Runtime(llm, device="cuda") as runtime:
-        prompts = runtime.random_prompts(REQUESTS, 120)
+@pytest.mark.parametrize(
+    ("plan", "tokens"),
+    [
+        (FullKV(), 120),
+        (FullKV(), 1),
+        (TransferKV(weights="host"), 120),
+        (TransferKV(gpu_batches=12), 120),
+        (SplitKV(split=200), 200),
+        (
+            CachePlan(blocks=CacheRatioPlan(kv_gpu=1, act_gpu=2, act_host=2), mini_batches=MiniBatchPlan(batches=(range(9), (9, 10, 11)))),
+            90,
+        ),
+        (Placement(weights=0.5, cache=0.5, hidden=0.5, gpu_batches=2), 120),
+        (Placement(cache=0.5, hidden=0, attention="host", gpu_batches=12), 120),
+    ],
+    ids=str,
+)
+def test_no_more_memory_is_taken_than_was_planned(llm, plan, tokens):
+    """Of the device, after weights were elsewhere; what is planned beside is an estimate from above, below six times what it is."""
+    with FakeCuda() as cuda, Runtime(llm, device="cuda", dtype="float16") as runtime:
+        prompts = runtime.random_prompts(12, tokens)
         runtime.generate(prompts[:1, :1], 1, FullKV(weights="gpu" if plan.streamed else "host"))
         cuda.peak = 0
         found = runtime.generate(prompts, GENERATED, plan)
-        _, run = plan.run(REQUESTS, 120, GENERATED)
+        _, run = plan.run(12, tokens, GENERATED)
         needs = runtime._needs(plan, run)
     assert needs.device < found.peak_device_bytes <= needs.device + needs.working
+    assert needs.working < 6 * (found.peak_device_bytes - needs.device)
     assert found.peak_device_bytes == cuda.peak
 
 
-def test_pinned_memory_is_used_again_and_given_back():
-    """Runs of one size pin once; a larger one gives back what it cannot use."""
+def test_no_more_memory_is_taken_to_measure_a_layer():
+    """What is planned for suffices, and is not far from it."""
+    with FakeCuda() as cuda, Runtime(TINY_LLAMA, device="cuda", dtype="float16") as runtime:
+        cuda.peak = 0
+        runtime.layer_times(6, 400, gpu_batches=2, repeats=1)
+        most = cuda.peak
+    lacks = {}
+    for memory in ("device_capacity", "host_capacity"):
+        with FakeCuda(), Runtime(TINY_LLAMA, device="cuda", dtype="float16", **{memory: 1e4}) as runtime:
+            with pytest.raises(ValueError, match=r"needs [\d.e-]+ GB") as said:
+                runtime.layer_times(6, 400, gpu_batches=2, repeats=1)
+            lacks[memory] = float(re.search(r"needs ([\d.e-]+) GB", str(said.value))[1]) * 1e9
+    assert most <= lacks["device_capacity"] * 1.001 < 2 * most  # the sentence has four digits
+
+
+def test_a_run_keeps_no_more_pinned_memory_than_there_is():
+    """What an earlier run has pinned is given back where it does not fit beside what this one needs, weights included."""
+    plans = [TransferKV(), FullKV(weights="host"), Placement(weights=0.2), SplitKV(split=PROMPT), Placement(weights=0.6, cache=0)]
+    with FakeCuda(), Runtime(TINY_OPT, device="cuda") as wide:
+        prompts = wide.random_prompts(REQUESTS, PROMPT)
+        needs = [wide._needs(plan, plan.run(REQUESTS, PROMPT, GENERATED)[1]) for plan in plans]
+        most = max(one.host + one.host_beside for one in needs)
+        together = 0
+        for plan in plans * 2:
+            wide.generate(prompts, GENERATED, plan)
+            together = max(together, wide._link._arena.held + wide._weights.held)
+    assert together > most, "there would be nothing to give back"
+    with FakeCuda(), Runtime(TINY_OPT, device="cuda", host_capacity=most) as tight:
+        full = tight.generate(prompts, GENERATED)
+        for plan in plans * 2:
+            np.testing.assert_array_equal(tight.generate(prompts, GENERATED, plan).tokens, full.tokens)
+            assert tight._link._arena.held + tight._weights.held <= most
+
+
+def test_pinned_memory_is_used_again():
+    """Runs of one size pin once."""
     made = []
     with FakeCuda(), Runtime(TINY_OPT, device="cuda") as runtime:
         arena = runtime._link._arena
         make = arena.make
         arena.make = lambda nbytes: [made.append(nbytes), make(nbytes)][1]
         prompts = runtime.random_prompts(REQUESTS, PROMPT)
-        plan = TransferKV()
-        _, run = plan.run(REQUESTS, PROMPT, GENERATED)
         for _ in range(3):
-            runtime.generate(prompts, GENERATED, plan)
-        first = list(made)
-        assert 0 < sum(first) == arena.held
-        needs = runtime._needs(plan, run)
-        assert arena.held == needs.host + needs.host_beside
-        runtime.generate(prompts, 2 * GENERATED, SplitKV(split=PROMPT))
-        assert sum(made[len(first) :]) == arena.held > sum(first)
+            runtime.generate(prompts, GENERATED, TransferKV())
+        needs = runtime._needs(TransferKV(), TransferKV().run(REQUESTS, PROMPT, GENERATED)[1])
+        assert 0 < sum(made) == arena.held == needs.pinned == needs.host + needs.host_beside
+
+
+def test_closing_from_another_thread_is_said(monkeypatch):
+    """Between the check of the arguments and the run."""
+    with FakeCuda(), Runtime(TINY_OPT, device="cuda") as runtime:
+        prompts = runtime.random_prompts(2, 3)
+        check = Runtime._check
+        monkeypatch.setattr(Runtime, "_check", lambda self, *args, **asked: [check(self, *args, **asked), self.close()][0])
+        with pytest.raises(ValueError, match="it is closed"):
+            runtime.generate(prompts, 3)
 
 
 # Controls: the device that is not there notices what is missing

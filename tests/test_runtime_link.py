@@ -1,5 +1,6 @@
 """The emulated link: bytes arrive whole, in order, after what they wait for, and never faster than stated."""
 
+import math
 import random
 import threading
 import time
@@ -15,7 +16,7 @@ from memsplit.models import CacheRatioPlan, MiniBatchPlan
 
 torch = pytest.importorskip("torch", reason="needs memsplit[runtime]")
 
-from memsplit.dse.runtime._link import Arena, EmulatedTransfers, pinned_bytes  # noqa: E402
+from memsplit.dse.runtime._link import Arena, EmulatedTransfers, blocks_of  # noqa: E402
 
 MB = 10**6
 
@@ -122,9 +123,14 @@ def test_tensors_cut_from_blocks_do_not_overlap(expected):
         assert all((one == number).all() for number, one in enumerate(held))
         assert all(nbytes & (nbytes - 1) == 0 for nbytes in made)
         blocks = list(made)
-        assert not arena.restart(arena.held)
+        tensors = [math.prod(shape) * (4, 2)[number % 2] for number, shape in enumerate(shapes)]
+        assert not arena.restart(tensors, arena.held)
     assert blocks == made
-    assert arena.restart(arena.held + 1)
+    # Others, for which new blocks would be needed beside these.
+    larger = [2 * arena.held]
+    assert not arena.restart(larger, 4 * arena.held)
+    assert arena.held == sum(made)
+    assert arena.restart(larger, blocks_of(larger).held)
     assert arena.held == 0
 
 
@@ -132,7 +138,7 @@ def test_tensors_cut_from_blocks_do_not_overlap(expected):
 def test_blocks_waste_little(count, size):
     """Tensors of one size, as those of all layers are: less than a tensor for each block, and the last block's power of two."""
     whole = count * size
-    held = pinned_bytes([size] * count)
+    held = blocks_of([size] * count).held
     padding = 512 * count
     blocks = max(whole // size, 1).bit_length() + 1
     assert whole <= held <= whole + padding + (blocks + 2) * max(size, 512)
@@ -141,7 +147,7 @@ def test_blocks_waste_little(count, size):
 def test_kvpr_state_of_opt_wastes_little():
     """32 layers, 64 requests at 4,102 tokens in half precision: blocks of 4 GiB would waste half of 138 GB."""
     each = 4102 * 64 * 4096 * 2
-    assert pinned_bytes([each] * 64) < 1.05 * 64 * each
+    assert blocks_of([each] * 64).held < 1.05 * 64 * each
 
 
 def test_a_slow_link_is_closed_at_once():
@@ -256,11 +262,12 @@ def any_plan(chance, requests, tokens):
     counts = [chance.choice([0, 0, 1, 2]) for _ in range(3)]
     blocks = CacheRatioPlan(kv_gpu=counts[0], act_gpu=counts[1], kv_host=counts[2], act_host=1)
     order = chance.sample(range(requests), requests)
+    groups = chance.choice([(order[:1], order[1:]), tuple([one] for one in order)])
     return chance.choice(
         [
             TransferKV(**common),
             SplitKV(**split, **common),
-            CachePlan(blocks=blocks, block=chance.choice([1, 2, 16]), mini_batches=MiniBatchPlan(batches=(order[:1], order[1:]))),
+            CachePlan(blocks=blocks, block=chance.choice([1, 2, 16]), mini_batches=MiniBatchPlan(batches=groups)),
             Placement(
                 weights=chance.choice([0, 0.4, 1]),
                 cache=chance.choice([0, 0.2, 0.5, 0.8]),

@@ -37,6 +37,12 @@ class LayerWeights:
         self.near: list[torch.Tensor] = []
         self.far: list[torch.Tensor] = []
         self.buffers: list[torch.Tensor] = []
+        self.held = 0
+        """Bytes of the host that ``far`` keeps until the last layer has moved."""
+
+    def forget(self) -> None:
+        """Free them; they are made again when they are placed."""
+        self.near, self.far, self.buffers, self.held = [], [], [], 0
 
     def place(self, cut: int, transfers: Transfers) -> None:
         """Bring the weights to where a plan wants them; a plan that wants what the last one did moves nothing."""
@@ -58,9 +64,10 @@ class LayerWeights:
                     near = whole[cut:].clone() if cut else whole
                     self.near[layer : layer + 1], self.far[layer : layer + 1] = [near], [far]
             except BaseException:  # memory ran out, or Ctrl-C: some layers are cut here, some there
-                self.near, self.far = [], []
+                self.forget()
                 raise
-            self.cut = cut
+            self.cut, self.held = cut, memory.held
+            transfers.trim()
         if len(self.buffers) != (2 if cut else 0):
             self.buffers = [torch.empty(cut, dtype=dtype, device=device) for _ in range(2 if cut else 0)]
 

@@ -38,6 +38,10 @@ LATE = 60.0
 class HostMemory(Protocol):
     """Where tensors of the host are cut from."""
 
+    @property
+    def held(self) -> int:
+        """Bytes that are kept for them, as long as one of them lives."""
+
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor without values."""
 
@@ -80,8 +84,14 @@ class Transfers(Protocol):
     def occupy(self) -> None:
         """Keep the computation busy for about a millisecond, if the host would otherwise be too slow in giving it work."""
 
-    def restart(self, expected: int = 0) -> None:
-        """Count bytes and busy time from now on; nothing is on its way, and ``host`` gives what it gave before again, ``expected`` [B]."""
+    def restart(self, tensors: Sequence[int] = (), most: float = math.inf) -> None:
+        """Count bytes and busy time from now on; nothing is on its way.
+
+        ``host`` will give tensors of so many bytes, from memory that it gave before unless all of it would then be above ``most`` [B].
+        """
+
+    def trim(self) -> None:
+        """Give memory back that is kept for later though nothing is in it."""
 
     def close(self) -> None:
         """End what runs beside the computation."""
@@ -160,7 +170,9 @@ def _as_bytes(tensor: torch.Tensor) -> Any:
 
 
 class _Unpinned:
-    """PyTorch's own."""
+    """PyTorch's own; a tensor's memory goes with it."""
+
+    held = 0
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor without values."""
@@ -236,7 +248,10 @@ class EmulatedTransfers:
     def occupy(self) -> None:
         """Nothing: a CPU does the work itself."""
 
-    def restart(self, expected: int = 0) -> None:
+    def trim(self) -> None:
+        """Nothing is kept."""
+
+    def restart(self, tensors: Sequence[int] = (), most: float = math.inf) -> None:
         """As in ``Transfers``; what a run that ended early has left in the queue is dropped."""
         if any(not ticket.done.is_set() for ticket in self._last.values()) or any(lane.failed for lane in self._lanes.values()):
             self.close()
@@ -255,47 +270,34 @@ class EmulatedTransfers:
             lane.join(LATE)
 
 
-class Arena:
-    """Host memory in blocks of powers of two, from which tensors are cut; a block is used again after ``restart``.
+class Blocks:
+    """Where tensors lie in blocks of powers of two: sizes [B] of the blocks, what is used of each, and what is still expected.
 
-    PyTorch rounds each pinned allocation up to a power of two, which for the keys and values of a layer may be twice what is needed, and
-    to pin memory takes seconds. A new block is the largest power of two that what is still ``expected`` [B] fills, so that all of them
-    together waste about a tensor each. ``make``: a block of so many bytes.
+    PyTorch rounds each pinned allocation up to a power of two, which for the keys and values of a layer may be twice what is needed. A new
+    block is the largest power of two that what is still ``expected`` [B] fills, so that all of them together waste about a tensor each.
     """
 
-    def __init__(self, make: Callable[[int], torch.Tensor], expected: int = 0) -> None:
-        self.make, self.expected = make, expected
-        self.blocks: list[torch.Tensor] = []
-        self.used: list[int] = []
+    def __init__(self, expected: int, sizes: Iterable[int] = ()) -> None:
+        self.sizes, self.expected = list(sizes), expected
+        self.used = [0] * len(self.sizes)
 
     @property
     def held(self) -> int:
         """Bytes of all blocks."""
-        return sum(len(block) for block in self.blocks)
+        return sum(self.sizes)
 
-    def restart(self, expected: int) -> bool:
-        """Cut anew, as nobody reads what was cut before; whether blocks were given back because ``expected`` [B] need others."""
-        given_back = bool(self.blocks) and self.held < expected
-        if given_back:
-            self.blocks = []
-        self.used, self.expected = [0] * len(self.blocks), expected
-        return given_back
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the first block that has room, or of a new one."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if not nbytes:
-            return torch.empty(tuple(shape), dtype=dtype)
-        place = next((i for i, block in enumerate(self.blocks) if self.used[i] + nbytes <= len(block)), None)
-        if place is None:
+    def place(self, nbytes: int) -> tuple[int, int]:
+        """Block and byte of a tensor: in the first block that has room, or in a new one."""
+        found = next((i for i, size in enumerate(self.sizes) if self.used[i] + nbytes <= size), None)
+        if found is None:
             filled = 1 << (max(self.expected, 1).bit_length() - 1)
-            self.blocks.append(self.make(max(filled, 1 << (max(nbytes, ALIGNMENT) - 1).bit_length())))
+            self.sizes.append(max(filled, 1 << (max(nbytes, ALIGNMENT) - 1).bit_length()))
             self.used.append(0)
-            place = len(self.blocks) - 1
-        begin = self.used[place]
-        self.used[place] += aligned(nbytes)
+            found = len(self.sizes) - 1
+        begin = self.used[found]
+        self.used[found] += aligned(nbytes)
         self.expected -= aligned(nbytes)
-        return self.blocks[place][begin : begin + nbytes].view(dtype).view(tuple(shape))
+        return found, begin
 
 
 def aligned(nbytes: int) -> int:
@@ -303,13 +305,51 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def pinned_bytes(sizes: Iterable[int]) -> int:
-    """Bytes of the blocks of which tensors of ``sizes`` [B] are cut."""
-    listed = list(sizes)
-    arena = Arena(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device="meta"), sum(map(aligned, listed)))
-    for size in listed:
-        arena.take((size,), torch.uint8)
-    return arena.held
+def blocks_of(tensors: Sequence[int], blocks: Iterable[int] = ()) -> Blocks:
+    """The blocks of which tensors of so many bytes are cut, if there are ``blocks`` [B] already."""
+    found = Blocks(sum(map(aligned, tensors)), blocks)
+    for nbytes in tensors:
+        if nbytes:
+            found.place(nbytes)
+    return found
+
+
+class Arena:
+    """Host memory in blocks, from which tensors are cut; a block is used again after ``restart``, as to pin memory takes seconds.
+
+    ``make``: a block of so many bytes.
+    """
+
+    def __init__(self, make: Callable[[int], torch.Tensor], expected: int = 0) -> None:
+        self.make, self.blocks = make, Blocks(expected)
+        self.memory: list[torch.Tensor] = []
+
+    @property
+    def held(self) -> int:
+        """Bytes of all blocks."""
+        return sum(len(block) for block in self.memory)
+
+    def restart(self, tensors: Sequence[int], most: float) -> bool:
+        """Cut tensors of so many bytes anew, as nobody reads what was cut before.
+
+        Whether all blocks were given back, as with the new ones they would be more than ``most`` [B].
+        """
+        kept = [len(block) for block in self.memory]
+        given_back = bool(kept) and blocks_of(tensors, kept).held > most
+        if given_back:
+            self.memory, kept = [], []
+        self.blocks = Blocks(sum(map(aligned, tensors)), kept)
+        return given_back
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of the first block that has room, or of a new one."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not nbytes:
+            return torch.empty(tuple(shape), dtype=dtype)
+        place, begin = self.blocks.place(nbytes)
+        if place == len(self.memory):
+            self.memory.append(self.make(self.blocks.sizes[place]))
+        return self.memory[place][begin : begin + nbytes].view(dtype).view(tuple(shape))
 
 
 class CudaTransfers:
@@ -387,10 +427,14 @@ class CudaTransfers:
         if (wait := getattr(self._cuda, "_sleep", None)) is not None:  # not public, but PyTorch's tests rest on it
             wait(OCCUPIED)
 
-    def restart(self, expected: int = 0) -> None:
+    def trim(self) -> None:
+        """Neither of the device nor pinned."""
+        free_cached()
+
+    def restart(self, tensors: Sequence[int] = (), most: float = math.inf) -> None:
         """As in ``Transfers``."""
         self._synchronize()
-        if self._arena.restart(expected):
+        if self._arena.restart(tensors, most):
             free_cached()
         self._sent = {"to_device": 0, "to_host": 0}
 

@@ -25,24 +25,32 @@ class PlacedHidden(Hidden, Linked):
         self.transfers, self.near = memory.transfers, near
         shape = (run.prompt, run.sizes[0] - near, decoder.llm.hidden_size)
         self.host = [memory.host(*shape) for _ in run.sizes]
-        self.slots = [memory.device(*shape) for _ in range(2)]
-        self.coming: dict[int, tuple[torch.Tensor, Any]] = {}
+        # Two of each: one is used while the other one is sent.
+        self.coming, self.leaving = ([memory.device(*shape) for _ in range(2)] for _ in range(2))
+        self.fetched: dict[int, tuple[torch.Tensor, Any]] = {}
         self.stored: list[tuple[int, Any]] = [(0, None)] * len(run.sizes)
-        self.turn = 0
+        self.left: list[Any] = [None, None]
+        """The last store from each of ``leaving``."""
+        self.kept = self.turn = 0
 
     def keep(self, batch: int, x: torch.Tensor) -> None:
         self.held[batch] = x[:, : self.near].clone()
-        there = x[:, self.near :].contiguous()
-        self.stored[batch] = (len(x), self.link.send("to_host", [(self.host[batch][: len(x)], there)], [self.link.mark()]))
+        place = self.kept % 2
+        self.kept += 1
+        self.link.wait(self.left[place])
+        there = self.leaving[place][: len(x)]
+        there.copy_(x[:, self.near :])
+        self.left[place] = self.link.send("to_host", [(self.host[batch][: len(x)], there)], [self.link.mark()])
+        self.stored[batch] = (len(x), self.left[place])
 
     def fetch(self, batch: int) -> None:
         rows, stored = self.stored[batch]
-        slot = self.slots[self.turn % 2][:rows]
+        slot = self.coming[self.turn % 2][:rows]
         self.turn += 1
-        self.coming[batch] = (slot, self.link.send("to_device", [(slot, self.host[batch][:rows])], [self.link.mark(), stored]))
+        self.fetched[batch] = (slot, self.link.send("to_device", [(slot, self.host[batch][:rows])], [self.link.mark(), stored]))
 
     def take(self, batch: int) -> torch.Tensor:
-        slot, ticket = self.coming.pop(batch)
+        slot, ticket = self.fetched.pop(batch)
         self.link.wait(ticket)
         near = self.held.pop(batch)
         return torch.cat([near, slot], dim=1) if self.near else slot

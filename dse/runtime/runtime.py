@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ._link import Transfers
     from ._states import Memory, State
     from .plans import Run
 
@@ -93,13 +94,17 @@ def torch_or_way_out() -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Needs:
-    """Bytes: what weights, state and buffers take on ``device`` and ``host``, what is taken beside, and what state takes of the host."""
+    """Bytes: what weights, state and buffers take on ``device`` and ``host``, and what is taken beside.
+
+    ``pinned``: of the blocks from which ``tensors`` [B each] of the host's state are cut.
+    """
 
     device: int
     working: int
     host: int
     host_beside: int
-    state: int
+    pinned: int
+    tensors: tuple[int, ...]
 
 
 def _checked_seed(seed: object) -> int:
@@ -166,7 +171,7 @@ class Runtime:
             raise ValueError("runtime: a CUDA device has a link of its own; leave link out")
         from ._decoder import Decoder
         from ._execution import LayerWeights
-        from ._link import CudaTransfers, EmulatedTransfers, Transfers
+        from ._link import CudaTransfers, EmulatedTransfers
         from ._weights import FolderWeights, RandomWeights
 
         self._on_cuda, self._running_now = device == "cuda", Lock()
@@ -200,7 +205,7 @@ class Runtime:
                 return
             self._link.close()
             self._link = None
-            self._weights.near, self._weights.far, self._weights.buffers = [], [], []
+            self._weights.forget()
             self._decoder.outside = {}
             if self._on_cuda:  # else PyTorch keeps what was freed, and the next LLM is refused
                 from ._link import free_cached
@@ -225,7 +230,7 @@ class Runtime:
         the memory does not suffice, with what fits.
         """
         torch = torch_or_way_out()
-        link = self._opened()
+        self._opened()
         plan = FullKV() if plan is None else plan
         if not isinstance(plan, ExecutedPlan):
             names = ", ".join(kind.__name__ for kind in get_args(ExecutedPlan))
@@ -239,8 +244,8 @@ class Runtime:
         from ._states import Memory
 
         cut = self._cut(plan)
-        with self._running(torch, needs.device, "serve fewer prompts"):
-            link.restart(needs.state)
+        with self._running(torch, needs.device, "serve fewer prompts") as link:
+            self._make_room(link, cut, needs)
             self._decoder.reach(run.rows)
             self._weights.place(cut, link)
             if self._on_cuda:  # after what moved the weights
@@ -274,7 +279,8 @@ class Runtime:
         if weights not in ("gpu", "host"):
             raise ValueError(f"runtime: weights must be on 'gpu' or on 'host', not {shown(weights)}")
         torch = torch_or_way_out()
-        link, decoder = self._opened(), self._decoder
+        self._opened()
+        decoder = self._decoder
         batch, context, repeats = (
             whole("runtime", name, value, name) for name, value in (("batch", batch), ("context", context), ("repeats", repeats))
         )
@@ -286,24 +292,33 @@ class Runtime:
         from ._execution import LayerBuffers, measure_layer
         from ._states import Memory
 
-        buffers = LayerBuffers(Memory(decoder.dtype, None), decoder, size, context)
+        counted = LayerBuffers(Memory(decoder.dtype, None), decoder, size, context).memory
         cut = decoder.layout.cut(float(weights == "host"))
-        near, far = self._weights.bytes(cut)
-        planned = self._outside_bytes + near + buffers.memory.device_bytes + decoder.table_bytes(context + 1)
-        host = buffers.memory.host_sizes
-        if short := self._short(planned, far + sum(host)):
+        needs = self._totals(counted, cut, self._working([size] * gpu_batches, 1, context + 1))
+        if short := self._lacking(needs):
             raise ValueError(f"runtime: {short}; measure fewer requests or a shorter context")
-        with self._running(torch, planned, "measure fewer requests or a shorter context"):
-            link.restart(sum(host))
+        with self._running(torch, needs.device, "measure fewer requests or a shorter context") as link:
+            self._make_room(link, cut, needs)
             decoder.reach(context + 1)
             self._weights.place(cut, link)
             buffers = LayerBuffers(Memory(decoder.dtype, link), decoder, size, context)
             return measure_layer(decoder, self._weights, link, buffers, gpu_batches, repeats)
 
-    def _opened(self) -> Any:
+    def _opened(self) -> Transfers:
         if self._link is None:
             raise ValueError("runtime: it is closed; make another one")
         return self._link
+
+    def _make_room(self, link: Transfers, cut: int, needs: _Needs) -> None:
+        """Keep of earlier runs' pinned memory what fits beside what this one needs: to pin it again takes seconds."""
+        room = self._capacity[1]
+        spare = float("inf") if room is None or not self._on_cuda else room - needs.host - needs.host_beside
+        old = self._weights.held if cut != self._weights.cut else 0
+        if old > spare:
+            self._weights.forget()
+            link.trim()
+            old = 0
+        link.restart(needs.tensors, needs.pinned + spare - old)
 
     def _prompts(self, prompts: ArrayLike) -> NDArray[np.int64]:
         try:
@@ -319,15 +334,16 @@ class Runtime:
         return given.astype(np.int64)
 
     @contextmanager
-    def _running(self, torch: Any, planned: float, way_out: str) -> Iterator[None]:
-        """With this runtime's threads, which are PyTorch's and the process's, and are put back; for one caller at a time."""
+    def _running(self, torch: Any, planned: float, way_out: str) -> Iterator[Transfers]:
+        """The link, with this runtime's threads, which are PyTorch's and the process's, and are put back; for one caller at a time."""
         if not self._running_now.acquire(blocking=False):
             raise ValueError("runtime: it is running in another thread; make a runtime for each thread, or wait")
         before = torch.get_num_threads()
         try:
+            link = self._opened()  # another thread may have closed it meanwhile
             torch.set_num_threads(before if self._on_cuda else self.threads)
             with torch.inference_mode(), _memory_said(torch, planned, way_out):
-                yield
+                yield link
         finally:
             torch.set_num_threads(before)
             self._running_now.release()
@@ -362,37 +378,55 @@ class Runtime:
 
     def _needs(self, plan: ExecutedPlan, run: Run, *, kept: bool = False, looked_at: bool = False) -> _Needs:
         """What a plan takes; ``kept``: with all logits, ``looked_at``: with the state that is given back."""
-        from ._link import aligned, pinned_bytes
         from ._states import Memory
 
         counted = Memory(self._decoder.dtype, None)
         self._state(plan, counted, run)
-        cut = self._cut(plan)
-        near, far = self._weights.bytes(cut)
-        llm, size = self.llm, self._decoder.dtype.itemsize
-        # Of all tokens of a GPU batch: the inputs and outputs of a layer and of its norms, queries, what they see, and the FFN.
-        wide = 6 * llm.hidden_size + 4 * llm.num_attention_heads * llm.head_dim + (1 + llm.gated_ffn) * llm.intermediate_size
-        working = run.prompt * max(run.sizes) * wide * size + sum(run.sizes) * llm.vocab_size * (size + 4)
-        working += self._decoder.table_bytes(run.rows)
-        working += kept * 2 * sum(run.sizes) * run.generated * llm.vocab_size * 4
+        requests, width, size = sum(run.sizes), self._decoder.key_width, self._decoder.dtype.itemsize
+        working = self._working(run.sizes, run.prompt, run.rows) + kept * 2 * requests * run.generated * self.llm.vocab_size * 4
         # Kept, put together, and made single precision.
-        copies = looked_at * llm.num_hidden_layers * run.rows * sum(run.sizes) * 2 * self._decoder.key_width * (2 * size + 4)
-        pinned = pinned_bytes(counted.host_sizes) + pinned_bytes([cut * size] * llm.num_hidden_layers) if self._on_cuda else 0
+        copies = looked_at * self.llm.num_hidden_layers * run.rows * requests * 2 * width * (2 * size + 4)
+        if isinstance(plan, Placement) and plan.attention == "host":
+            copies += run.rows * max(run.sizes) * 2 * width * 4  # the host attends in single precision
+        return self._totals(counted, self._cut(plan), working, copies)
+
+    def _working(self, sizes: Sequence[int], prompt: int, rows: int) -> int:
+        """Bytes of the device for what is computed, an estimate from above: of prefill or of a decode step, whichever takes more."""
+        llm, size, most = self.llm, self._decoder.dtype.itemsize, max(sizes)
+        hidden, queries, keys = llm.hidden_size, llm.num_attention_heads * llm.head_dim, self._decoder.key_width
+        # RMSNorm holds three copies in single precision.
+        norm = 0 if llm.norm_bias else 12 * hidden
+        # Inputs and outputs of a layer and of its norms, queries, what they see, and the FFN.
+        token = norm + size * (6 * hidden + 4 * queries + (1 + llm.gated_ffn) * llm.intermediate_size)
+        prefill = prompt * (most * token + (sum(sizes) - most) * hidden * size)
+        scores = llm.num_attention_heads * (8 + 2 * size)
+        recomputed = norm + size * (2 * hidden + 3 * keys)
+        decode = most * (token + rows * (scores + recomputed)) + sum(sizes) * hidden * size
+        return max(prefill, decode) + sum(sizes) * llm.vocab_size * (size + 4) + self._decoder.table_bytes(rows)
+
+    def _totals(self, counted: Memory, cut: int, working: int, copies: int = 0) -> _Needs:
+        from ._link import blocks_of
+
+        near, far = self._weights.bytes(cut)
+        layers, size = self.llm.num_hidden_layers, self._decoder.dtype.itemsize
+        pinned = blocks_of(counted.host_sizes).held if self._on_cuda else 0
+        blocks = pinned + blocks_of([cut * size] * layers).held if self._on_cuda else 0
         host = far + counted.host_bytes
         return _Needs(
             device=self._outside_bytes + near + counted.device_bytes,
             working=working,
             host=host,
-            host_beside=max(pinned - host, 0) + copies,
-            state=sum(map(aligned, counted.host_sizes)),
+            host_beside=max(blocks - host, 0) + copies,
+            pinned=pinned,
+            tensors=tuple(counted.host_sizes),
         )
 
-    def _fits(self, plan: ExecutedPlan, batch: int, prompt: int, generated: int) -> bool:
+    def _fits(self, plan: ExecutedPlan, batch: int, prompt: int, generated: int, **asked: bool) -> bool:
         try:
             _, run = plan.run(batch, prompt, generated)
         except ValueError:
             return False
-        return not self._lacking(self._needs(plan, run))
+        return not self._lacking(self._needs(plan, run, **asked))
 
     def _lacking(self, needs: _Needs) -> str:
         return self._short(needs.device + needs.working, needs.host + needs.host_beside)
@@ -411,19 +445,19 @@ class Runtime:
 
     def _check(self, plan: ExecutedPlan, run: Run, *, kept: bool, looked_at: bool) -> _Needs:
         """What the plan needs; ValueError if there is less, with what fits."""
-        needs = self._needs(plan, run, kept=kept, looked_at=looked_at)
+        asked = {"kept": kept, "looked_at": looked_at}
+        needs = self._needs(plan, run, **asked)
         short = self._lacking(needs)
         if not short:
             return needs
-        if not self._lacking(self._needs(plan, run)):
-            raise ValueError(f"runtime: {short}; leave out logits and state, which are what is too much")
         batch, parts = sum(run.sizes), plan.parts
-        fewer = parts * largest(lambda n: self._fits(plan, n * parts, run.prompt, run.generated), batch // parts - 1)
-        shorter = largest(lambda n: self._fits(plan, batch, n, run.generated), run.prompt - 1)
-        ways = [f"serve {fewer} prompts instead of {batch}"] if fewer else []
+        fewer = parts * largest(lambda n: self._fits(plan, n * parts, run.prompt, run.generated, **asked), batch // parts - 1)
+        shorter = largest(lambda n: self._fits(plan, batch, n, run.generated, **asked), run.prompt - 1)
+        ways = ["leave out logits and state"] if any(asked.values()) and not self._lacking(self._needs(plan, run)) else []
+        ways += [f"serve {fewer} prompts instead of {batch}"] if fewer else []
         ways += [f"shorten the prompts to {shorter} tokens"] if shorter else []
         streamed = replace(plan, weights=0.0) if isinstance(plan, Placement) else replace(plan, weights="host")
-        ways += ["stream the weights"] if self._fits(streamed, batch, run.prompt, run.generated) else []
+        ways += ["stream the weights"] if self._fits(streamed, batch, run.prompt, run.generated, **asked) else []
         raise ValueError(f"runtime: {short}; {', or '.join(ways) or 'take a smaller LLM, or more memory'}")
 
     def _by_layer(self, parts: Sequence[torch.Tensor], run: Run, back: NDArray[np.int64]) -> NDArray[np.float32]:
