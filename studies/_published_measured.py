@@ -29,6 +29,10 @@ NEEDED = {
     "chosen",
     "best",
     "predicted_best",
+    "tokens_stable",
+    "logits_off",
+    "rounding",
+    "drift_pct",
 }
 LEAST_RUNS = 5
 """Of each plan, for a spread that is worth printing beside a published number."""
@@ -61,11 +65,15 @@ def measured_runs(folder: Path = MEASURED) -> tuple[pd.DataFrame, list[str]]:
         # "555.10" is no number.
         texts = pd.read_csv(path, usecols=["driver", "torch"], dtype=str)
         frame = frame.assign(driver=texts["driver"], torch=texts["torch"])
+        # A defect in one row is one of its case.
+        defect = ~frame["tokens_stable"].astype(bool) | ~(frame["logits_off"] <= frame["rounding"])
+        defect = defect.groupby([frame[name] for name in CASE], dropna=False).transform("any")
         shown = frame[
             (frame["device"] == "cuda")
             & (frame["link_kind"] == "real")
             & (pd.to_numeric(frame["runs"], errors="coerce") >= LEAST_RUNS)
             & frame["driver"].notna()
+            & ~defect
             & ~frame["llm"].isin(OWN)
         ]
         if len(shown) < len(frame):
@@ -82,7 +90,7 @@ def measured_runs(folder: Path = MEASURED) -> tuple[pd.DataFrame, list[str]]:
                 | {name: first[name] for name in ("llm", "layers", "batch", "context")}
                 | {"decision": f"{decision} {one.chosen[decision]:.4g}", "step_s": one.chosen["measured_s"]}
                 | {"latency_cut_pct": 100 * one.cut, "gain_pct": 100 * one.cut / (1 - one.cut)}
-                | {"regret_pct": 100 * one.regret, "tie": one.tie, "median_error_pct": 100 * one.error}
+                | {"regret_pct": 100 * one.regret, "tie": one.tie, "median_error_pct": 100 * one.error, "drift_pct": first["drift_pct"]}
                 | {name: first[name] for name in ("runs", "torch", "driver", "date")}
             )
     return pd.DataFrame(rows), left
@@ -92,7 +100,10 @@ def show_measured(published: pd.DataFrame, folder: Path = MEASURED) -> None:
     """Print our measurements and KVPR's numbers, and what of ours is left out; nothing if there are none of ours."""
     ours, left = measured_runs(folder)
     if left:
-        print(f"Left out, as not of a published LLM on CUDA with driver, real link and {LEAST_RUNS} runs or more: {', '.join(left)}.")
+        print(
+            f"Left out, as not of a published LLM on CUDA with driver, real link and {LEAST_RUNS} runs or more, or with tokens or logits "
+            f"that rounding does not explain: {', '.join(left)}."
+        )
     if ours.empty:
         return
     show(ours, title="Our own measurements: the chosen plan against the overlapped transfer of all keys and values, decode steps only")

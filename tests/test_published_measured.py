@@ -56,7 +56,16 @@ def own_rows(**changes: Any) -> pd.DataFrame:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"device": "cpu"}, {"link_kind": "emulated"}, {"runs": 4}, {"driver": None}, {"llm": TINY.name}],
+    [
+        {"device": "cpu"},
+        {"link_kind": "emulated"},
+        {"runs": 4},
+        {"driver": None},
+        {"llm": TINY.name},
+        {"tokens_stable": False},
+        {"logits_off": 5.0},
+        {"logits_off": None},
+    ],
     ids=lambda one: next(iter(one)),
 )
 def test_only_a_gpu_and_enough_runs_are_shown_beside_kvpr(tmp_path, capsys, changes):

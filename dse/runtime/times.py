@@ -37,6 +37,9 @@ class LayerTimes:
     def step(self, plan: FullKV | SplitKV | TransferKV, context: int | None = None) -> float:
         """Seconds of a decode step by the closed forms of ``models.overlap``: the last layer's computation has ``outside``, too.
 
+        They are what the solvers minimise. With several GPU batches they can be a quarter too short, as no unit waits for another one's
+        loads in them, and a tenth too long for "fluid"; ``replay`` follows each event.
+
         ``context``: tokens of state, those measured unless given; transfers of state and recomputation grow with it, ``compute`` is taken
         as measured. With one layer and one GPU batch only weights are sent ahead of the computation, and those only without a barrier,
         because the rest needs the token: ``compute`` is beside nothing else, ``outside`` beside the loads of the next step.
