@@ -31,11 +31,30 @@ Family = Literal["opt", "llama"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Scaling:
+    """RoPE of Llama 3.1 and later: slow turns are slower by ``factor``, fast ones as they were, those between are blended.
+
+    ``low`` and ``high``: turns within the ``original`` context below which all of the factor counts, and above which none does.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original: float
+
+    def __call__(self, turns: torch.Tensor) -> torch.Tensor:
+        """Radians a token, of those without scaling."""
+        kept = ((self.original * turns / (2 * math.pi) - self.low) / (self.high - self.low)).clamp(0, 1)
+        return turns * (kept + (1 - kept) / self.factor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What an ``LLMConfig`` leaves open: ``theta`` of RoPE, ``epsilon`` of the norms, and the longest context (0: any)."""
+    """What an ``LLMConfig`` leaves open: ``theta`` of RoPE and its scaling, ``epsilon`` of the norms, the longest context (0: any)."""
 
     family: Family
     theta: float = 10_000.0
+    scaling: Llama3Scaling | None = None
     epsilon: float = 1e-5
     longest: int = 0
 
@@ -168,6 +187,8 @@ class Decoder:
             half = self.llm.head_dim // 2
             # Angles in single precision on any device and for any dtype, as Hugging Face computes them.
             turns = self.architecture.theta ** (-torch.arange(half, dtype=torch.float32) / half)
+            if self.architecture.scaling is not None:
+                turns = self.architecture.scaling(turns)
             angles = torch.arange(tokens, dtype=torch.float32)[:, None] * turns
             angles = torch.cat([angles, angles], dim=-1)[:, None, None, :]
             self._cos, self._sin = (part.to(self.device, self.dtype) for part in (angles.cos(), angles.sin()))

@@ -13,7 +13,7 @@ import torch
 
 from ...models.checks import shown
 from ...models.llm import LLMConfig
-from ._decoder import Architecture, Family, Layout, Weights, architecture_of
+from ._decoder import Architecture, Family, Layout, Llama3Scaling, Weights, architecture_of
 
 
 def outside_shapes(llm: LLMConfig) -> dict[str, tuple[int, ...]]:
@@ -120,6 +120,21 @@ _ROWS = 8192
 _OTHER = "take the folder of this LLM, or the LLMConfig of this folder (LLMConfig.from_hf)"
 
 
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of an LLM: those that its index names, if it has one, as the same weights may lie there in another form."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        listed: Any = json.loads(index.read_bytes()) if index.exists() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"weights {index}: it cannot be read: {shown(str(error))}; copy it again") from None
+    if listed is None:
+        return sorted(folder.glob("*.safetensors"))
+    names = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) and Path(name).name == name for name in names.values()):
+        raise ValueError(f"weights {index}: weight_map must name a file of this folder for each tensor; copy it again")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
 @dataclass(frozen=True, slots=True)
 class _Stored:
     """A tensor of an open file: its name there, with or without "model."."""
@@ -153,7 +168,7 @@ class FolderWeights:
             raise ValueError("reading weights needs safetensors: pip install 'memsplit[runtime]'") from None
         self.llm, self.folder, self.layout = llm, folder, Layout.of(llm)
         self.architecture, stated = _from_config(architecture_of(llm), folder)
-        files = sorted(folder.glob("*.safetensors"))
+        files = _files(folder)
         if not files:
             raise ValueError(f"weights {folder}: no *.safetensors there; name the folder of an LLM that holds them")
         self._of: dict[str, _Stored] = {}
@@ -358,28 +373,50 @@ def _from_config(architecture: Architecture, folder: Path) -> tuple[Architecture
     if kind == "opt":
         return architecture, stated
     epsilon = _number(path, "rms_norm_eps", config.get("rms_norm_eps", 1e-6), 1e-30, 1)
-    return Architecture(family="llama", theta=_theta(path, config), epsilon=epsilon, longest=_window(path, config)), stated
+    theta, scaling = _rope(path, config)
+    return Architecture(family="llama", theta=theta, scaling=scaling, epsilon=epsilon, longest=_window(path, config)), stated
 
 
-def _theta(path: Path, config: dict[str, Any]) -> float:
-    """What config.json says of RoPE, under any of the names that transformers has had for it; plain RoPE only."""
+def _rope(path: Path, config: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
+    """What config.json says of RoPE, under any of the names that transformers has had for it: plain, or that of Llama 3.1 and later."""
     thetas = [config["rope_theta"]] if "rope_theta" in config else []
+    scalings = []
     for key in ("rope_scaling", "rope_parameters"):
         given = config.get(key)
         if given is None:
             continue
         if not isinstance(given, dict):
             raise ValueError(f"weights {path}: {key} must be an object or null, not {shown(given)}; correct it, or copy the file again")
-        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-        for field, value in given.items():
-            if field == "rope_theta":
-                thetas.append(value)
-            elif value is not None and (field not in plain or value != plain[field]):
-                raise ValueError(f"weights {path}: {key} is {shown(given)}, which the runtime does not execute; take another LLM")
+        if "rope_theta" in given:
+            thetas.append(given["rope_theta"])
+        rest = {field: value for field, value in given.items() if field != "rope_theta" and value is not None}
+        if rest.get("rope_type", rest.get("type")) == "llama3" and rest.keys() - {"type", "rope_type"} == _LLAMA3.keys():
+            scale = {name: _number(path, f"{key}: {field}", rest[field], 1e-6, 1e9) for field, name in _LLAMA3.items()}
+            if scale["low"] >= scale["high"]:
+                raise ValueError(
+                    f"weights {path}: {key} must have a low_freq_factor below its high_freq_factor, not {shown(given)}; correct it"
+                )
+            scalings.append(Llama3Scaling(**scale))
+        elif any(_PLAIN.get(field) != value for field, value in rest.items()):
+            raise ValueError(f"weights {path}: {key} is {shown(given)}, which the runtime does not execute; take another LLM")
+        elif rest:
+            scalings.append(None)
     numbers = [_number(path, "rope_theta", theta, 1, 1e30) for theta in thetas] or [10_000.0]
     if min(numbers) != max(numbers):
         raise ValueError(f"weights {path}: rope_theta must be one number, not {shown(numbers)}; correct it where it is wrong")
-    return numbers[0]
+    if len(set(scalings)) > 1:
+        raise ValueError(f"weights {path}: rope_scaling and rope_parameters say different things of RoPE; correct the wrong one")
+    return numbers[0], scalings[0] if scalings else None
+
+
+_PLAIN = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+_LLAMA3 = {
+    "factor": "factor",
+    "low_freq_factor": "low",
+    "high_freq_factor": "high",
+    "original_max_position_embeddings": "original",
+}
+"""What transformers calls the numbers of ``Llama3Scaling``."""
 
 
 def _window(path: Path, config: dict[str, Any]) -> int:
