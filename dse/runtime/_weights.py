@@ -380,7 +380,7 @@ def _from_config(architecture: Architecture, folder: Path) -> tuple[Architecture
 def _rope(path: Path, config: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """What config.json says of RoPE, under any of the names that transformers has had for it: plain, or that of Llama 3.1 and later."""
     thetas = [config["rope_theta"]] if "rope_theta" in config else []
-    scalings = []
+    scalings: list[Llama3Scaling | None] = []
     for key in ("rope_scaling", "rope_parameters"):
         given = config.get(key)
         if given is None:
