@@ -63,9 +63,9 @@ def main() -> list[dict[str, Any]]:
         off = max(abs(min(steps[name]) / predicted - 1) for predicted in (best.step(plan, context), best.replay(plan, context)))
         rows.append(_row(f"runtime, {name}: off prediction", 100 * off, "%", 10.0))
     # Priced token by token: the last block is filled only in part.
-    layer, tokens = _best(parts[len(MINI)]).ratio_layer(BATCH // len(MINI), block=1), PROMPT + GENERATED // 2
+    layers, tokens = _best(parts[len(MINI)]).ratio_layers(BATCH // len(MINI), "host", block=1), PROMPT + GENERATED // 2
     room = {"kv_block": 1, "act_block": 1, "gpu_capacity": 1, "host_capacity": BATCH * tokens}
-    problem = CacheRatioProblem(layers=(layer,), request_blocks=(tokens,) * BATCH, **room)
+    problem = CacheRatioProblem(layers=layers, request_blocks=(tokens,) * BATCH, **room)
     as_inputs = BATCH * tokens // 4
     priced = problem.evaluate(CacheRatioPlan(kv_host=BATCH * tokens - as_inputs, act_host=as_inputs)).latency
     rows.append(_row("runtime, 1/4 of blocks as inputs, 2 mini-batches: off price", 100 * abs(min(mixed) / priced - 1), "%", 10.0))

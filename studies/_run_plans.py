@@ -86,7 +86,9 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float32 on a CPU, float16 on CUDA)")
     parser.add_argument("--link-GBps", type=float, metavar="GB/s", help="the link that is emulated on a CPU (default: 1)")
     parser.add_argument("--threads", type=positive, default=1, help="threads of a CPU that compute (default: %(default)s)")
-    parser.add_argument("--machine", metavar="TOML", help="a data sheet of this machine (memsplit profile), to compare its prediction")
+    parser.add_argument(
+        "--machine", metavar="TOML", help="a data sheet of this machine with device, host and link, to compare its prediction"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +133,7 @@ class Settings:
             llms=tuple(_cut(llm, arguments.layers, max(contexts) + GENERATED) for llm in dict.fromkeys(llms)),
             batches=tuple(dict.fromkeys(arguments.batch or batches)),
             contexts=contexts,
-            points=min(arguments.points, 2) if quick else arguments.points,
+            points=min(arguments.points, 3) if quick else arguments.points,
             runs=runs,
             dtype=arguments.dtype or ("float16" if on_cuda else "float32"),
             link=link,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from memsplit.dse import show
+from memsplit.dse import plot_lines, show
 from memsplit.studies._run_plans import TINY, layers_name
 
 BUSY = 10.0
@@ -144,6 +145,35 @@ def largest_case(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of the case with the most tokens of state, which a picture shows."""
     cases = [rows for _, rows in frame.groupby(CASE, sort=False, dropna=False)]
     return max(cases, key=lambda rows: int(rows["batch"].iloc[0] * rows["context"].iloc[0]))
+
+
+def draw(frame: pd.DataFrame, picture: Path, decision: str, x: str) -> None:
+    """Predicted and measured time of a step against the column ``decision``, named ``x``, of the case with the most tokens of state.
+
+    The band is as wide as the spread of the runs; a marker is on the plan that was chosen.
+    """
+    rows = largest_case(frame)
+    rows = rows.rename(columns={decision: x})
+    half, chosen = rows["spread_s"] / 2, rows[rows["chosen"].astype(bool)]
+    lines = [
+        rows[[x]].assign(decode_step_s=rows["predicted_s"], time="predicted", low=rows["predicted_s"], high=rows["predicted_s"]),
+        rows[[x]].assign(decode_step_s=rows["measured_s"], time="measured", low=rows["measured_s"] - half, high=rows["measured_s"] + half),
+        chosen[[x]].assign(decode_step_s=chosen["measured_s"], time="chosen", low=chosen["measured_s"], high=chosen["measured_s"]),
+    ]
+    plot_lines(
+        pd.concat(lines),
+        picture,
+        x=x,
+        y="decode_step_s",
+        by="time",
+        title=f"{Verdict.of(rows).name}: a decode step",
+        band=("low", "high"),
+        band_label="spread",
+        markers_only=("chosen",),
+        linear=(x, "decode_step_s"),
+    )
+    if len(verdicts(frame)) > 1:
+        print(f"The picture shows the largest case: {Verdict.of(rows).name}.")
 
 
 def show_cases(frame: pd.DataFrame, columns: Sequence[str]) -> None:

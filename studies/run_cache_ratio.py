@@ -11,18 +11,16 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from memsplit.dse import beside, plot_lines, study_arguments
+from memsplit.dse import beside, study_arguments
 from memsplit.dse.runtime import CachePlan, LayerTimes
 from memsplit.models.cache_ratio import BLOCK, CacheRatioPlan, CacheRatioProblem
 from memsplit.solvers.cache_ratio import LpRatio
 from memsplit.studies._run_plans import GENERATED, Case, Settings, measured, run_options, table_of
-from memsplit.studies._run_verdicts import judged, largest_case, meaning, show_cases
+from memsplit.studies._run_verdicts import draw, judged, meaning, show_cases
 
 SHOWN = [
     "act_share",
@@ -57,18 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     for line in meaning(frame, "act_share", lambda share: f"{share:.1%} activations", "keeping keys and values only"):
         print(line)
-    rows = largest_case(frame)
-    first = rows.iloc[0]
-    lines = [rows[["act_share"]].assign(decode_step_s=rows[f"{name}_s"], time=name) for name in ("predicted", "measured")]
-    plot_lines(
-        pd.concat(lines),
-        picture,
-        x="act_share",
-        y="decode_step_s",
-        by="time",
-        title=f"{first['llm']}, batch {first['batch']}, context {first['context']}: a decode step",
-        linear=("act_share", "decode_step_s"),
-    )
+    draw(frame, picture, "act_share", "share_kept_as_activations")
     print(f"Written: {picture}")
     return 0
 
@@ -112,14 +99,9 @@ def measured_problem(
     ``token_bytes``: of a token in all layers as keys and values, and as activations. The last layer is a class of its own, as the token is
     chosen after it. ``device_share``: room on the device, as a share of all keys and values.
     """
-    _refuse_one_layer("layer times", times.layers)
-    layer = times.ratio_layer(batch, block=1)
-    layer = layer if weights == "host" else replace(layer, weights=0.0)
-    last = replace(layer, layers=1, compute=layer.compute + times.outside)
-    others = replace(layer, layers=times.layers - 1)
     kv, act = token_bytes
     return CacheRatioProblem(
-        layers=(others, last),
+        layers=times.ratio_layers(batch, weights, block=1),
         request_blocks=(tokens,) * batch,
         kv_block=kv,
         act_block=act,

@@ -12,19 +12,17 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from memsplit.dse import beside, plot_lines, positive, study_arguments
+from memsplit.dse import beside, positive, study_arguments
 from memsplit.dse.runtime import LayerTimes, SplitKV, TransferKV
 from memsplit.models.offload import OffloadLayer, OffloadMachine
 from memsplit.models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitTemplate
 from memsplit.solvers.recompute_split import ClosedFormSplit
 from memsplit.studies._run_plans import Case, Settings, measured, run_options, table_of
-from memsplit.studies._run_verdicts import judged, largest_case, meaning, show_cases
+from memsplit.studies._run_verdicts import draw, judged, meaning, show_cases
 
 SHOWN = ["split", "predicted_s", "measured_s", "spread_s", "error_pct", "chosen", "best", "tokens_equal", "peak_device_GB"]
 
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     for line in meaning(frame, "split", lambda split: f"{split} tokens", "the transfer of all keys and values"):
         print(line)
-    draw(frame, picture)
+    draw(frame, picture, "split", "recomputed_tokens")
     print(f"Written: {picture}")
     return 0
 
@@ -155,22 +153,6 @@ def _by_sheet(case: Case, splits: Sequence[int], template: SplitTemplate, chunks
         print(f"the data sheet predicts nothing: {error}", file=sys.stderr)
         return [None] * len(splits)
     return [problem.evaluate(RecomputeSplitPlan(splits=(split,) * len(problem.layers))).latency for split in splits]
-
-
-def draw(frame: pd.DataFrame, picture: Path) -> None:
-    """Predicted and measured time against the split, of the case with the most tokens of state."""
-    rows = largest_case(frame)
-    lines = [rows[["split"]].assign(seconds_s=rows[f"{name}_s"], time=name) for name in ("predicted", "measured")]
-    first = rows.iloc[0]
-    plot_lines(
-        pd.concat(lines).rename(columns={"split": "recomputed_tokens", "seconds_s": "decode_step_s"}),
-        picture,
-        x="recomputed_tokens",
-        y="decode_step_s",
-        by="time",
-        title=f"{first['llm']}, batch {first['batch']}, context {first['context']}: a decode step",
-        linear=("recomputed_tokens", "decode_step_s"),
-    )
 
 
 if __name__ == "__main__":

@@ -376,12 +376,36 @@ def test_the_best_split_of_measured_layers_is_kvprs_balance():
 def test_times_of_blocks_add_up_to_the_layers():
     """All blocks of two GPU batches of three requests: what each batch was measured to take, twice."""
     named = {"kv": 1, "act": 0.5, "recompute": 0.25, "compute": 0.1, "weights": 0.3, "first": 0.1, "outside": 0.01, "assemble": 0.02}
-    layer = LayerTimes(**named, layers=4, context=160, gpu_batches=2).ratio_layer(3, 16)
+    times = LayerTimes(**named, layers=4, context=160, gpu_batches=2)
+    layers = times.ratio_layers(3, "host", block=16)
     blocks = 2 * 3 * 10
-    link, gpu, stores = layer.times(0, blocks, 0)
-    assert (float(link), float(gpu), float(stores)) == pytest.approx((0.3 + 2 * 1, 2 * 0.12, 0))
-    link, gpu, _ = layer.times(0, 0, blocks)
-    assert (float(link), float(gpu)) == pytest.approx((0.3 + 2 * 0.5, 2 * (0.12 + 0.25)))
+    for layer, outside in zip(layers, (0.0, 0.01), strict=True):
+        link, gpu, stores = layer.times(0, blocks, 0)
+        assert (float(link), float(gpu), float(stores)) == pytest.approx((0.3 + 2 * 1, 2 * 0.12 + outside, 0))
+        link, gpu, _ = layer.times(0, 0, blocks)
+        assert (float(link), float(gpu)) == pytest.approx((0.3 + 2 * 0.5, 2 * (0.12 + 0.25) + outside))
+    assert [layer.layers for layer in layers] == [3, 1]
+    assert [layer.weights for layer in times.ratio_layers(3, "gpu", block=16)] == [0.0, 0.0]
+    with refused("at least 2 layers"):
+        replace(times, layers=1).ratio_layers(3, "gpu")
+
+
+@pytest.mark.parametrize("weights", ["gpu", "host"])
+def test_a_problem_is_priced_by_measured_times(weights):
+    """All keys and values on the host: what three layers take to send them, and the fourth with the choice of the token."""
+    workload = Workload(llm=OPT_6_7B, batch=3, context=160)
+    problem = CacheRatioProblem.build(SYSTEMS["rtx4090_pcie4"], workload, weights=weights, block=16, batches=2)
+    named = {"kv": 1, "act": 0.5, "recompute": 0.25, "compute": 0.1, "weights": 0.3, "first": 0.1, "outside": 3.0, "assemble": 0.02}
+    times = LayerTimes(**named, layers=4, context=160, gpu_batches=2)
+    measured = times.measured(problem)
+    sent = 2 * 1 + (0.3 if weights == "host" else 0.0)
+    assert measured.evaluate(CacheRatioPlan(kv_host=60)).latency == pytest.approx(3 * sent + max(sent, 2 * 0.12 + 3.0), rel=ROUNDING)
+    assert (measured.settings, measured.request_blocks) == (problem.settings, problem.request_blocks)
+    assert CachePlan.from_plan(measured, CacheRatioPlan(kv_host=60)).weights == weights
+    with refused("made of coefficients already"):
+        times.measured(replace(problem, settings=None))
+    with refused("into which 6 requests cannot be divided"):
+        replace(times, gpu_batches=4).measured(problem)
 
 
 @pytest.mark.parametrize("weights", ["gpu", "host"])
@@ -400,4 +424,4 @@ def test_times_say_which_plans_they_know(plan):
         with refused("FullKV, TransferKV and SplitKV take, not of"):
             said(plan)
     with refused("block"):
-        times.ratio_layer(4, block=0)
+        times.ratio_layers(4, "gpu", block=0)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ...models.cache_ratio import BLOCK, LinearTime, RatioLayer
+from ...models.cache_ratio import BLOCK, CacheRatioProblem, LinearTime, RatioLayer
 from ...models.checks import shown, whole
+from ...models.offload import WeightsOn
 from ...models.overlap import chunked, fluid
 from .plans import FullKV, SplitKV, TransferKV
 
@@ -118,8 +119,8 @@ class LayerTimes:
         """Share of tokens recomputed, what times are multiplied with, and chunks (0: fluid)."""
         if not isinstance(plan, FullKV | SplitKV | TransferKV):
             raise ValueError(
-                f"layer times say how long steps of FullKV, TransferKV and SplitKV take, not of {shown(plan)}; a CachePlan is priced by a "
-                "CacheRatioProblem of ratio_layer()"
+                f"layer times say how long steps of FullKV, TransferKV and SplitKV take, not of {shown(plan)}; cache plans are priced by "
+                "measured(problem), placements by their problem only"
             )
         tokens = self.context if context is None else whole("layer times", "context", context, "tokens")
         if plan.gpu_batches != self.gpu_batches:
@@ -130,18 +131,34 @@ class LayerTimes:
             raise ValueError(f"the plan recomputes {plan.split} of {tokens} tokens; lower the split")
         return plan.split / tokens, tokens / self.context, 0 if plan.template == "fluid" else plan.chunks
 
-    def ratio_layer(self, requests: int, block: int = BLOCK) -> RatioLayer:
-        """The layers as ``CacheRatioProblem`` takes them, with all GPU batches; ``requests`` of the one that was measured.
+    def measured(self, problem: CacheRatioProblem) -> CacheRatioProblem:
+        """The problem with these times in place of its system's, for the same blocks, requests, capacities and place of the weights.
 
-        What puts blocks together counts as computation. Stores of new tokens are left out: they are a few rows.
+        ValueError if it was made of coefficients, or if these are not the times of its requests.
+        """
+        settings, requests = problem.settings, len(problem.request_blocks)
+        if settings is None:
+            raise ValueError("layer times: the problem is made of coefficients already; give it layers=ratio_layers(...) itself")
+        if requests % self.gpu_batches:
+            raise ValueError(f"layer times are of {self.gpu_batches} GPU batches, into which {requests} requests cannot be divided")
+        return replace(problem, layers=self.ratio_layers(requests // self.gpu_batches, settings.weights, block=settings.block))
+
+    def ratio_layers(self, requests: int, weights: WeightsOn, *, block: int = BLOCK) -> tuple[RatioLayer, RatioLayer]:
+        """All layers but the last, and the last with the choice of the token after it, as ``CacheRatioProblem`` takes them.
+
+        Of all GPU batches; ``requests`` of the one that was measured. What puts blocks together counts as computation. Stores of new
+        tokens are left out: they are a few rows. ValueError for one layer, whose state does not arrive while another one is computed.
         """
         block, requests = whole("layer times", "block", block, "tokens"), whole("layer times", "requests", requests, "requests")
+        if self.layers < 2:
+            raise ValueError(f"layer times: a cache ratio needs at least 2 layers, not {self.layers}; measure more layers")
         share = block / (self.context * requests)
-        return RatioLayer(
-            layers=self.layers,
-            weights=self.weights,
-            compute=self.gpu_batches * (self.compute + self.assemble),
+        last = RatioLayer(
+            layers=1,
+            weights=self.weights if weights == "host" else 0.0,
+            compute=self.gpu_batches * (self.compute + self.assemble) + self.outside,
             load_kv=LinearTime(slope=self.kv * share),
             load_act=LinearTime(slope=self.act * share),
             generate=LinearTime(slope=self.recompute * share),
         )
+        return replace(last, layers=self.layers - 1, compute=last.compute - self.outside), last
