@@ -54,7 +54,8 @@ def test_what_does_not_fit_is_said_with_what_does():
         need = free.generate(prompts, 4, TransferKV())
     with Runtime(TINY_OPT, device_capacity=need.peak_device_bytes * 0.8, host_capacity=1e9) as tight:
         with refused(
-            r"the device needs .* GB and has .* GB; serve \d+ prompts instead of 12, or shorten the prompts to \d+ tokens"
+            r"the device needs .* GB, of them .* GB to compute, and has .* GB; "
+            r"serve \d+ prompts instead of 12, or shorten the prompts to \d+ tokens"
         ) as said:
             tight.generate(prompts, 4, TransferKV())
         fewer, shorter = map(int, re.search(r"serve (\d+) prompts .* to (\d+) tokens", str(said.value)).groups())
@@ -134,6 +135,23 @@ def test_a_closed_runtime_says_so():
     runtime.close()
     with refused("it is closed"):
         runtime.generate([[1, 2]], 2)
+
+
+def test_what_fits_only_with_weights_streamed_and_fewer_prompts_is_said():
+    """Neither of the two is enough alone: resident weights fill the device, and so do twelve prompts."""
+    llm = replace(TINY_OPT, num_hidden_layers=12)
+    with Runtime(llm) as free:
+        prompts = free.random_prompts(12, 100)
+        _, run = FullKV().run(12, 100, 4)
+        weights = free._needs(FullKV(), run).device - free._needs(FullKV(weights="host"), run).device
+        least = free._needs(FullKV(weights="host"), replace(run, sizes=(2,)))
+    assert weights > 0
+    with Runtime(llm, device_capacity=least.device + least.working, host_capacity=1e9) as tight:
+        with refused(r"; stream the weights and serve \d+ prompts instead of 12") as said:
+            tight.generate(prompts, 4)
+        fewer = int(re.search(r"serve (\d+) prompts", str(said.value))[1])
+        assert fewer == 2
+        tight.generate(prompts[:fewer], 4, FullKV(weights="host"))
 
 
 @pytest.mark.parametrize(

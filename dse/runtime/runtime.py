@@ -55,8 +55,8 @@ class Generation:
 
     ``tokens`` [requests, generated]; ``step_seconds`` of each decode step, one fewer than tokens, as prefill gives the first one; the
     first step waits for loads that nothing hides. ``peak_device_bytes``: on CUDA PyTorch's peak, on a CPU what weights, state and
-    buffers take; ``peak_host_bytes`` likewise. ``link_bytes`` to the device in all decode steps; ``link_rate`` [B/s] that an emulated
-    link reached while busy, None if it was not.
+    buffers take, without what is computed meanwhile; ``peak_host_bytes``: those of the host. ``link_bytes`` to the device in all decode
+    steps; ``link_rate`` [B/s] that an emulated link reached while busy, None if it was not.
     If asked for: ``logits`` [requests, generated, vocabulary], ``keys`` and ``values`` [layers, tokens, requests, KV heads, head_dim]
     as the last step used them.
     """
@@ -429,15 +429,18 @@ class Runtime:
         return not self._lacking(self._needs(plan, run, **asked))
 
     def _lacking(self, needs: _Needs) -> str:
-        return self._short(needs.device + needs.working, needs.host + needs.host_beside)
+        """What there is too little of; nothing if all fits."""
+        return self._short(needs.device + needs.working, needs.host + needs.host_beside, needs.working)
 
-    def _short(self, device: float, host: float) -> str:
+    def _short(self, device: float, host: float, working: float = 0.0) -> str:
         near, far = self._capacity
+        compute = f", of them {working / GB:.3g} GB to compute," if working else ""
         if self._shared:
-            lacks = [] if near is None or device + host <= near else [("this machine's memory", device + host, near)]
+            asked = [("this machine's memory", device + host, near, compute)]
         else:
-            lacks = [one for one in (("the device", device, near), ("the host", host, far)) if one[2] is not None and one[1] > one[2]]
-        return " and ".join(f"{name} needs {need / GB:.4g} GB and has {room / GB:.4g} GB" for name, need, room in lacks)
+            asked = [("the device", device, near, compute), ("the host", host, far, "")]
+        lacks = [one for one in asked if one[2] is not None and one[1] > one[2]]
+        return " and ".join(f"{name} needs {need / GB:.4g} GB{note} and has {room / GB:.4g} GB" for name, need, room, note in lacks)
 
     def _refuse(self, device: float, what: str) -> None:
         if self._shared and (short := self._short(device, 0.0)):
@@ -458,6 +461,10 @@ class Runtime:
         ways += [f"shorten the prompts to {shorter} tokens"] if shorter else []
         streamed = replace(plan, weights=0.0) if isinstance(plan, Placement) else replace(plan, weights="host")
         ways += ["stream the weights"] if self._fits(streamed, batch, run.prompt, run.generated, **asked) else []
+        if not ways and (
+            fewer := parts * largest(lambda n: self._fits(streamed, n * parts, run.prompt, run.generated, **asked), batch // parts)
+        ):
+            ways = [f"stream the weights and serve {fewer} prompts instead of {batch}"]
         raise ValueError(f"runtime: {short}; {', or '.join(ways) or 'take a smaller LLM, or more memory'}")
 
     def _by_layer(self, parts: Sequence[torch.Tensor], run: Run, back: NDArray[np.int64]) -> NDArray[np.float32]:
