@@ -115,6 +115,22 @@ def meaning(frame: pd.DataFrame, column: str, text: Callable[[Any], str], withou
     return [*lines, *_tokens_meaning(frame, without)]
 
 
+def sheet_meaning(frame: pd.DataFrame, column: str, text: Callable[[Any], str]) -> list[str]:
+    """How far the data sheet alone is off, and what it would have chosen; nothing if it predicts nothing."""
+    lines = []
+    for one, (_, rows) in zip(verdicts(frame), frame.groupby(CASE, sort=False, dropna=False), strict=True):
+        known = rows.dropna(subset=["sheet_s"])
+        if len(known):
+            off = 100 * (known["sheet_s"] / known["measured_s"] - 1).abs().median()
+            choice = known.loc[known["sheet_s"].astype(float).idxmin()]
+            loss = choice["measured_s"] / one.best["measured_s"] - 1
+            lines.append(
+                f"{one.name}: by the data sheet alone {text(choice[column])} would be best, which takes {loss:.1%} more than the best; "
+                f"its times, without embedding, LM head and choice of the token, are {off:.0f} % off (median)."
+            )
+    return lines
+
+
 def _tokens_meaning(frame: pd.DataFrame, without: str) -> list[str]:
     """Whether tokens differ, and whether rounding explains it."""
     unstable = int((~frame["tokens_stable"].astype(bool)).sum())
@@ -177,7 +193,8 @@ def draw(frame: pd.DataFrame, picture: Path, decision: str, x: str) -> None:
 
 
 def show_cases(frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """A table for each case."""
+    """A table for each case, with the data sheet's times if it gave any."""
+    columns = [*columns, *(["sheet_s"] if frame["sheet_s"].notna().any() else [])]
     for one, (_, rows) in zip(verdicts(frame), frame.groupby(CASE, sort=False, dropna=False), strict=True):
         link = f"{rows['link_kind'].iloc[0]} link at {rows['link_GBps'].iloc[0]:.3g} GB/s"
         show(rows[list(columns)], title=f"{one.name}, {rows['dtype'].iloc[0]} on {rows['device_name'].iloc[0]}, {link}")

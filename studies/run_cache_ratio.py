@@ -20,7 +20,7 @@ from memsplit.dse.runtime import CachePlan, LayerTimes
 from memsplit.models.cache_ratio import BLOCK, CacheRatioPlan, CacheRatioProblem
 from memsplit.solvers.cache_ratio import LpRatio
 from memsplit.studies._run_plans import GENERATED, Case, Settings, measured, run_options, table_of
-from memsplit.studies._run_verdicts import draw, judged, meaning, show_cases
+from memsplit.studies._run_verdicts import draw, judged, meaning, sheet_meaning, show_cases
 
 SHOWN = [
     "act_share",
@@ -51,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code:
         return code
     print(f"Written: {arguments.out}")
-    show_cases(frame, SHOWN if settings.sheet is None else [*SHOWN, "sheet_s"])
+    show_cases(frame, SHOWN)
     print()
-    for line in meaning(frame, "act_share", lambda share: f"{share:.1%} activations", "keeping keys and values only"):
+    text = "{:.1%} activations".format
+    for line in [*meaning(frame, "act_share", text, "keeping keys and values only"), *sheet_meaning(frame, "act_share", text)]:
         print(line)
     draw(frame, picture, "act_share", "share_kept_as_activations")
     print(f"Written: {picture}")

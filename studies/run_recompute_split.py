@@ -22,7 +22,7 @@ from memsplit.models.offload import OffloadLayer, OffloadMachine
 from memsplit.models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitTemplate
 from memsplit.solvers.recompute_split import ClosedFormSplit
 from memsplit.studies._run_plans import Case, Settings, measured, run_options, table_of
-from memsplit.studies._run_verdicts import draw, judged, meaning, show_cases
+from memsplit.studies._run_verdicts import draw, judged, meaning, sheet_meaning, show_cases
 
 SHOWN = ["split", "predicted_s", "measured_s", "spread_s", "error_pct", "chosen", "best", "tokens_equal", "peak_device_GB"]
 
@@ -40,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code:
         return code
     print(f"Written: {arguments.out}")
-    show_cases(frame, SHOWN if settings.sheet is None else [*SHOWN, "sheet_s"])
+    show_cases(frame, SHOWN)
     print()
-    for line in meaning(frame, "split", lambda split: f"{split} tokens", "the transfer of all keys and values"):
+    text = "{} tokens".format
+    for line in [*meaning(frame, "split", text, "the transfer of all keys and values"), *sheet_meaning(frame, "split", text)]:
         print(line)
     draw(frame, picture, "split", "recomputed_tokens")
     print(f"Written: {picture}")

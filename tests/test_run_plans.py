@@ -16,7 +16,7 @@ from memsplit.dse.cli import main as memsplit
 from memsplit.dse.runtime import EmulatedLink, LayerTimes, Runtime, SplitKV, TransferKV
 from memsplit.studies import _run_plans, run_recompute_split
 from memsplit.studies._run_plans import TINY, Case, all_cases, measured, rounding, table_of
-from memsplit.studies._run_verdicts import Verdict, meaning
+from memsplit.studies._run_verdicts import Verdict, meaning, sheet_meaning
 from memsplit.studies.run_cache_ratio import ratio_rows
 from memsplit.studies.run_recompute_split import split_rows
 
@@ -100,6 +100,15 @@ def test_the_meaning_names_regret_ties_and_other_tokens():
 )
 def test_a_gain_within_the_spread_is_none(times, chosen, said):
     assert said in meaning(rows_of_times(*times, chosen=chosen), "split", str, "full transfer")[1]
+
+
+def test_what_the_data_sheet_alone_would_choose_is_said():
+    """3 and 2 s measured, 1.5 and 1.8 s by the sheet: the slower one, 50 % more, 50 and 10 % off."""
+    rows = rows_of_times((4.0, 3.0, 0.1), (2.0, 2.0, 0.1), chosen=1).assign(sheet_s=[1.5, 1.8])
+    (line,) = sheet_meaning(rows, "split", "{} tokens".format)
+    assert "by the data sheet alone 0 tokens would be best, which takes 50.0% more than the best; its times, " in line
+    assert "are 30 % off (median)" in line
+    assert sheet_meaning(rows.assign(sheet_s=None), "split", str) == []
 
 
 # Other tokens
