@@ -122,7 +122,7 @@ def sheet_meaning(frame: pd.DataFrame, column: str, text: Callable[[Any], str]) 
         known = rows.dropna(subset=["sheet_s"])
         if len(known):
             off = 100 * (known["sheet_s"] / known["measured_s"] - 1).abs().median()
-            choice = known.loc[known["sheet_s"].astype(float).idxmin()]
+            choice = known.iloc[int(known["sheet_s"].astype(float).to_numpy().argmin())]
             loss = choice["measured_s"] / one.best["measured_s"] - 1
             lines.append(
                 f"{one.name}: by the data sheet alone {text(choice[column])} would be best, which takes {loss:.1%} more than the best; "

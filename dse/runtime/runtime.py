@@ -439,8 +439,11 @@ class Runtime:
             asked = [("this machine's memory", device + host, near, compute)]
         else:
             asked = [("the device", device, near, compute), ("the host", host, far, "")]
-        lacks = [one for one in asked if one[2] is not None and one[1] > one[2]]
-        return " and ".join(f"{name} needs {need / GB:.4g} GB{note} and has {room / GB:.4g} GB" for name, need, room, note in lacks)
+        return " and ".join(
+            f"{name} needs {need / GB:.4g} GB{note} and has {room / GB:.4g} GB"
+            for name, need, room, note in asked
+            if room is not None and need > room
+        )
 
     def _refuse(self, device: float, what: str) -> None:
         if self._shared and (short := self._short(device, 0.0)):
