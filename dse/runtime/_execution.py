@@ -259,7 +259,7 @@ class LayerBuffers:
 def measure_layer(
     decoder: Decoder, weights: LayerWeights, link: Transfers, buffers: LayerBuffers, gpu_batches: int, repeats: int
 ) -> LayerTimes:
-    """Medians of ``repeats`` runs of each part of a layer, with nothing beside it, over layers and buffers in turn."""
+    """Medians of ``repeats`` runs of each part of a layer, with nothing beside it; what is computed over layers and buffers in turn."""
     layers, context, size, first = decoder.llm.num_hidden_layers, buffers.context, buffers.size, decoder.layout.first
     near, far, pools = buffers.near, buffers.far, buffers.pools
     for one in (*near[0], *near[1], *pools, buffers.near_weights):
