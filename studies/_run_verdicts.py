@@ -163,6 +163,19 @@ def largest_case(frame: pd.DataFrame) -> pd.DataFrame:
     return max(cases, key=lambda rows: int(rows["batch"].iloc[0] * rows["context"].iloc[0]))
 
 
+def report(
+    frame: pd.DataFrame, out: Path, picture: Path, *, columns: Sequence[str], text: Callable[[Any], str], without: str, x: str
+) -> None:
+    """A table for each case, what all rows say, and a picture of the largest; the first of ``columns`` is the decision, drawn as ``x``."""
+    print(f"Written: {out}")
+    show_cases(frame, columns)
+    print()
+    for line in [*meaning(frame, columns[0], text, without), *sheet_meaning(frame, columns[0], text)]:
+        print(line)
+    draw(frame, picture, columns[0], x)
+    print(f"Written: {picture}")
+
+
 def draw(frame: pd.DataFrame, picture: Path, decision: str, x: str) -> None:
     """Predicted and measured time of a step against the column ``decision``, named ``x``, of the case with the most tokens of state.
 

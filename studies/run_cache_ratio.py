@@ -20,7 +20,7 @@ from memsplit.dse.runtime import CachePlan, LayerTimes
 from memsplit.models.cache_ratio import BLOCK, CacheRatioPlan, CacheRatioProblem
 from memsplit.solvers.cache_ratio import LpRatio
 from memsplit.studies._run_plans import GENERATED, Case, Settings, measured, run_options, table_of
-from memsplit.studies._run_verdicts import draw, judged, meaning, sheet_meaning, show_cases
+from memsplit.studies._run_verdicts import judged, report
 
 SHOWN = [
     "act_share",
@@ -48,17 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ratio_rows(case, weights=arguments.weights, device_share=arguments.device_share)
 
     frame, code = table_of(arguments, settings, rows_of)
-    if code:
-        return code
-    print(f"Written: {arguments.out}")
-    show_cases(frame, SHOWN)
-    print()
-    text = "{:.1%} activations".format
-    for line in [*meaning(frame, "act_share", text, "keeping keys and values only"), *sheet_meaning(frame, "act_share", text)]:
-        print(line)
-    draw(frame, picture, "act_share", "share_kept_as_activations")
-    print(f"Written: {picture}")
-    return 0
+    if not code:
+        report(
+            frame,
+            arguments.out,
+            picture,
+            columns=SHOWN,
+            text="{:.1%} activations".format,
+            without="keeping keys and values only",
+            x="share_kept_as_activations",
+        )
+    return code
 
 
 def _share(text: str) -> float:

@@ -22,7 +22,7 @@ from memsplit.models.offload import OffloadLayer, OffloadMachine
 from memsplit.models.recompute_split import RecomputeSplitPlan, RecomputeSplitProblem, SplitTemplate
 from memsplit.solvers.recompute_split import ClosedFormSplit
 from memsplit.studies._run_plans import Case, Settings, measured, run_options, table_of
-from memsplit.studies._run_verdicts import draw, judged, meaning, sheet_meaning, show_cases
+from memsplit.studies._run_verdicts import judged, report
 
 SHOWN = ["split", "predicted_s", "measured_s", "spread_s", "error_pct", "chosen", "best", "tokens_equal", "peak_device_GB"]
 
@@ -37,17 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return split_rows(case, template=arguments.template, chunks=arguments.chunks, weights=arguments.weights)
 
     frame, code = table_of(arguments, settings, rows_of)
-    if code:
-        return code
-    print(f"Written: {arguments.out}")
-    show_cases(frame, SHOWN)
-    print()
-    text = "{} tokens".format
-    for line in [*meaning(frame, "split", text, "the transfer of all keys and values"), *sheet_meaning(frame, "split", text)]:
-        print(line)
-    draw(frame, picture, "split", "recomputed_tokens")
-    print(f"Written: {picture}")
-    return 0
+    if not code:
+        report(
+            frame,
+            arguments.out,
+            picture,
+            columns=SHOWN,
+            text="{} tokens".format,
+            without="the transfer of all keys and values",
+            x="recomputed_tokens",
+        )
+    return code
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ PyTorch's device without memory, so that there is no second formula for it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -114,15 +115,16 @@ class Linked:
         return self.transfers
 
 
-class _Contiguous:
+class _Contiguous(ABC):
     """Keys and values of a unit that are one piece of the device's memory when they are attended to."""
 
     def __init__(self) -> None:
         self.hidden = Hidden()
         self.stored: dict[tuple[int, int], Any] = {}
 
+    @abstractmethod
     def whole(self, unit: tuple[int, int], turn: int, place: int) -> Whole:
-        raise NotImplementedError
+        """As in ``State``."""
 
     def token(self, unit: tuple[int, int], turn: int, place: int) -> Whole:
         keys, values = self.whole(unit, turn, place)
